@@ -1,0 +1,32 @@
+"""The arrays a model trains on: one packed row may hold several examples, kept apart by segment ids."""
+
+from typing import Any, NamedTuple
+
+Array = Any
+"""A NumPy or JAX array; this file imports neither."""
+
+
+class Batch(NamedTuple):
+    """A batch of packed rows; field names are seqio's. B rows, S source and T target positions.
+
+    Segment ids count 1, 2, … along a row, 0 is padding; positions restart at 0 in every segment.
+    """
+
+    encoder_input_tokens: Array
+    """int32 [B, S], pad id where empty."""
+    encoder_segment_ids: Array
+    """int32 [B, S]."""
+    encoder_positions: Array
+    """int32 [B, S]."""
+    decoder_input_tokens: Array
+    """int32 [B, T]: the targets moved right by one behind the start id, in each segment."""
+    decoder_target_tokens: Array
+    """int32 [B, T], ending with the end id in each segment."""
+    decoder_loss_weights: Array
+    """float32 [B, T]: 1 on targets, 0 on padding."""
+    decoder_segment_ids: Array
+    """int32 [B, T]."""
+    decoder_positions: Array
+    """int32 [B, T]."""
+    row_ids: Array
+    """uint32 [B]: number of the row in the stream since the beginning of training; keys its dropout."""

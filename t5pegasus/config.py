@@ -1,0 +1,259 @@
+"""What a run is made of: frozen dataclasses, validated on creation, with a JSON round trip."""
+
+import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from t5pegasus.errors import UsageError
+
+SCHEMA = 1
+"""Version of every JSON file this package writes; readers refuse another one by name."""
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UsageError(message)
+
+
+class _JsonRoundTrip:
+    """`to_json` / `from_json` for nested frozen dataclasses; an unknown key names the nearest valid one."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # pyright: ignore[reportArgumentType]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Self:
+        fields = {field.name: field.type for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+        hints = typing.get_type_hints(cls)
+        for key in value:
+            if key not in fields:
+                near = difflib.get_close_matches(key, fields, n=1)
+                raise UsageError(
+                    f"{cls.__name__}: unknown field {key!r}"
+                    + (f"; perhaps you meant {near[0]!r}" if near else f"; it has {', '.join(fields)}")
+                )
+        return cls(**{key: _from_json_value(hints[key], item) for key, item in value.items()})
+
+
+def _from_json_value(hint: Any, value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(hint, type) and issubclass(hint, _JsonRoundTrip):
+        return hint.from_json(value)
+    if isinstance(value, list) and typing.get_origin(hint) is tuple:
+        return tuple(value)
+    if isinstance(hint, types.UnionType) and isinstance(value, dict):
+        (inner,) = (arm for arm in typing.get_args(hint) if arm is not types.NoneType)
+        return _from_json_value(inner, value)
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_JsonRoundTrip):
+    """Shape and numerics of a T5.1.1/mT5 encoder-decoder; fields carry the Hugging Face names.
+
+    Gated GELU (tanh form), RMS norm, relative position bias, untied output head, no biases.
+    """
+
+    vocab_size: int = 50_000
+    d_model: int = 768
+    d_kv: int = 64
+    d_ff: int = 2048
+    num_heads: int = 12
+    num_encoder_layers: int = 12
+    num_decoder_layers: int = 12
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    dropout_rate: float = 0.1
+    layer_norm_epsilon: float = 1e-6
+    pad_token_id: int = 0
+    decoder_start_token_id: int = 101
+    eos_token_id: int = 102
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_encoder_layers", "num_decoder_layers"):
+            _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
+        _require(0.0 <= self.dropout_rate < 1.0, f"model.dropout_rate={self.dropout_rate} must lie in [0, 1)")
+        buckets = self.relative_attention_num_buckets
+        _require(
+            buckets >= 4 and buckets % 4 == 0,
+            f"model.relative_attention_num_buckets={buckets} must be a positive multiple of 4 "
+            "(half per direction in the encoder, half of those exact)",
+        )
+        _require(
+            self.relative_attention_max_distance > buckets // 2,
+            f"model.relative_attention_max_distance={self.relative_attention_max_distance} must exceed "
+            f"relative_attention_num_buckets/2={buckets // 2}, the distances that have a bucket of their own",
+        )
+        for name in ("pad_token_id", "decoder_start_token_id", "eos_token_id"):
+            _require(
+                0 <= getattr(self, name) < self.vocab_size,
+                f"model.{name}={getattr(self, name)} must lie in [0, vocab_size={self.vocab_size})",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_JsonRoundTrip):
+    """Lengths of one packed row and the seed of its order."""
+
+    max_source_tokens: int = 512
+    max_target_tokens: int = 128
+    pack: bool = True
+    """Several examples share a row, kept apart by segment ids; False gives one example per row."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_source_tokens", "max_target_tokens"):
+            _require(getattr(self, name) >= 2, f"data.{name}={getattr(self, name)} must be at least 2")
+        _require(0 <= self.seed < 2**32, f"data.seed={self.seed} must lie in [0, 2^32)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(_JsonRoundTrip):
+    """AdamW (Loshchilov & Hutter 2019) and its learning-rate schedule, both counted in updates."""
+
+    learning_rate: float = 1e-3
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    """After the linear warm-up: constant; cosine to `final_learning_rate_fraction`; or warm-up, stable,
+    then linear decay over the last `decay_steps` (wsd)."""
+    warmup_steps: int = 1000
+    decay_steps: int = 0
+    final_learning_rate_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.98
+    epsilon: float = 1e-6
+    weight_decay: float = 0.01
+    """Decoupled, multiplied by the learning rate; gains are exempt."""
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("warmup_steps", "decay_steps"):
+            _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2"):
+            _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be positive")
+        _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig(_JsonRoundTrip):
+    """Devices along each mesh axis; -1 takes all that the others leave (one axis at most)."""
+
+    data: int = -1
+    """Replicates the parameters, splits the batch."""
+    fsdp: int = 1
+    """Splits parameters and batch."""
+    tensor: int = 1
+    """Splits heads, feed-forward units and vocabulary."""
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        _require(
+            all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
+            f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive, one may be -1",
+        )
+
+    def resolve(self, num_devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) whose product is `num_devices`.
+
+        Raises:
+            UsageError: if the sizes do not multiply to the number of devices.
+        """
+        sizes = [self.data, self.fsdp, self.tensor]
+        known = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and num_devices % known == 0:
+            sizes[sizes.index(-1)] = num_devices // known
+        _require(
+            math.prod(sizes) == num_devices,
+            f"mesh data={self.data} × fsdp={self.fsdp} × tensor={self.tensor} does not use exactly the "
+            f"{num_devices} devices there are; set one axis to -1 or choose sizes whose product is {num_devices}",
+        )
+        return sizes[0], sizes[1], sizes[2]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_JsonRoundTrip):
+    """How long to train, in what portions, and what to keep."""
+
+    steps: int = 100_000
+    """The run is complete when the state has made this many updates (a grown one goes on counting)."""
+    batch_size: int = 256
+    """Packed rows per update, over all devices and micro-batches."""
+    accumulation_steps: int = 1
+    """Micro-batches per update; they give the same update as one batch."""
+    z_loss: float = 1e-4
+    """Weight of log(Z)², which keeps the logits' normaliser near 1 (Mesh TensorFlow)."""
+    seed: int = 0
+    """Of initialisation and dropout."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto = bfloat16 on TPU/GPU, float32 on CPU, where it is the faster one."""
+    log_every_steps: int = 20
+    evaluate_every_steps: int = 1000
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for name in (
+            "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps",
+            "save_every_steps", "keep_checkpoints",
+        ):  # fmt: skip
+            _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
+        _require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2^32)")
+        _require(
+            self.batch_size % self.accumulation_steps == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of accumulation_steps={self.accumulation_steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig(_JsonRoundTrip):
+    """Everything that decides what a training run computes; written as JSON into the run and each checkpoint."""
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+def check_schema(value: dict[str, Any], path: Path) -> None:
+    """Refuse a JSON artifact of another schema version, naming both."""
+    if value.get("schema") != SCHEMA:
+        raise UsageError(
+            f"{path}: schema is {value.get('schema')!r}, this version reads schema {SCHEMA}; "
+            "write it anew with this version, or install the version that wrote it"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        UsageError: if the file is missing, not UTF-8 or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{path} does not exist") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UsageError(f"{path} is not valid JSON ({error}); it may be cut off: write it anew") from None
+    _require(isinstance(value, dict), f"{path} holds a JSON {type(value).__name__}, an object was wanted")
+    return value
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object so that the file is whole or absent: temporary name, flush to disk, rename."""
+    import os
+
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, ensure_ascii=False, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

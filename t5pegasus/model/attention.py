@@ -1,0 +1,128 @@
+"""T5's attention: no 1/√d_kv (the query's initialisation carries it), a learned bias by bucketed distance."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5pegasus.axes import axis_size
+from t5pegasus.config import ModelConfig
+from t5pegasus.model.layers import Dropout, declare
+
+
+def relative_position_bucket(
+    distance: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> jax.Array:
+    """The bucket of key position − query position (Raffel et al. 2020, §2.1).
+
+    Half of a direction's buckets are exact distances, the other half grow logarithmically up to `max_distance`;
+    the encoder gives each direction half of all buckets, the decoder looks back only.
+
+    Args:
+        distance: int32, any shape.
+        bidirectional: True in the encoder.
+        num_buckets: buckets in all.
+        max_distance: from here on all distances share the last bucket.
+
+    Returns:
+        int32 of the same shape, in [0, num_buckets).
+    """
+    bucket = jnp.zeros_like(distance)
+    if bidirectional:
+        num_buckets //= 2
+        bucket += jnp.where(distance > 0, num_buckets, 0)
+        back = jnp.abs(distance)
+    else:
+        back = jnp.maximum(-distance, 0)
+    num_exact = num_buckets // 2
+    ratio = jnp.log(jnp.maximum(back, 1).astype(jnp.float32) / num_exact) / math.log(max_distance / num_exact)
+    logarithmic = num_exact + (ratio * (num_buckets - num_exact)).astype(jnp.int32)
+    return bucket + jnp.where(back < num_exact, back, jnp.minimum(logarithmic, num_buckets - 1))
+
+
+def relative_bias(
+    table: jax.Array, query_positions: jax.Array, key_positions: jax.Array, config: ModelConfig, *, bidirectional: bool
+) -> jax.Array:
+    """The bias of every head for every pair of positions, computed once per stack.
+
+    Distances within a segment of a packed row equal the differences of row indices, so rows need no positions.
+
+    Args:
+        table: [relpos_buckets, heads].
+        query_positions: int32 [t].
+        key_positions: int32 [s].
+        config: number of buckets and largest distance.
+        bidirectional: True in the encoder.
+
+    Returns:
+        [1, heads, t, s].
+    """
+    buckets = relative_position_bucket(
+        key_positions[None, :] - query_positions[:, None],
+        bidirectional=bidirectional,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+    )
+    # A matrix product instead of a gather: its gradient is a matrix product too, not a scatter of t·s rows into 32.
+    one_hot = jax.nn.one_hot(buckets, config.relative_attention_num_buckets, dtype=table.dtype)
+    return jnp.einsum("tsr,rh->hts", one_hot, table)[None]
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of one kind (`encoder.self`, `decoder.self`, `decoder.cross`) for a stack of layers."""
+
+    def __init__(self, config: ModelConfig, kind: str):
+        layers, heads, qk, vo = f"{kind.partition('.')[0]}.layers", f"{kind}.heads", f"{kind}.qk", f"{kind}.vo"
+        self.place = kind.partition(".")[2]
+        self.query = declare(config, layers, "embed", heads, qk, contracted=("embed", qk))
+        self.key = declare(config, layers, "embed", heads, qk, contracted=("embed",))
+        self.value = declare(config, layers, "embed", heads, vo, contracted=("embed",))
+        self.out = declare(config, layers, heads, vo, "embed", contracted=(heads, vo))
+
+    def project_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, s, embed] → keys and values, each [b, s, heads, d_kv]."""
+        return (
+            jnp.einsum("bsd,dhk->bshk", x, self.key[...].astype(x.dtype)),
+            jnp.einsum("bsd,dhk->bshk", x, self.value[...].astype(x.dtype)),
+        )
+
+    def attend(
+        self,
+        x: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        mask: jax.Array,
+        bias: jax.Array | None,
+        dropout: Dropout,
+    ) -> jax.Array:
+        """Attend from x [b, t, embed] to projected keys and values [b, s, heads, d_kv].
+
+        Args:
+            x: normed queries' input.
+            keys: [b, s, heads, d_kv].
+            values: [b, s, heads, d_kv].
+            mask: bool [b, t, s], True where t may look at s. A position that may look nowhere (padding) gets
+                the mean of all values, finite and never read.
+            bias: [1 or b, heads, t, s], or None.
+            dropout: of the weights; one mask for all query positions, as in Mesh TensorFlow's T5.
+
+        Returns:
+            [b, t, embed].
+        """
+        query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum("bthk,bshk->bhts", query, keys, preferred_element_type=wide)
+        if bias is not None:
+            logits += jnp.broadcast_to(bias.astype(wide), logits.shape)
+        logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min / 2)
+        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
+        weights = dropout(weights, f"{self.place}_weights", shared_axis=2)
+        mixed = jnp.einsum("bhts,bshk->bthk", weights, values)
+        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(x.dtype))
+
+
+def declare_relative_bias(config: ModelConfig, stack: str) -> nnx.Param:
+    """One table per stack, shared by its layers. Its standard deviation is T5's exception to the rule of axes."""
+    axes = (f"{stack}.relpos_buckets", f"{stack}.self.heads")
+    return declare(config, *axes, std=axis_size("embed", config) ** -0.5)

@@ -1,0 +1,281 @@
+"""The T5.1.1/mT5 encoder-decoder (Raffel et al. 2020; Shazeer 2020; Xue et al. 2021), Hugging Face's numerics.
+
+Modules declare and own parameters; layers are stacked on a leading axis and run by `lax.scan`, and the relative
+bias is computed once per stack outside the scan. The outside world sees flat dicts of dotted names and arrays.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from t5pegasus.axes import ParamSpec
+from t5pegasus.batch import Batch
+from t5pegasus.config import ModelConfig
+from t5pegasus.model.attention import Attention, declare_relative_bias, relative_bias
+from t5pegasus.model.layers import Dropout, GatedMlp, declare, rms_norm
+from t5pegasus.sharding import constrain
+
+
+class DecoderCache(NamedTuple):
+    """What cached decoding keeps between steps, for all decoder layers."""
+
+    self_keys: jax.Array
+    """[layers, batch, max_tokens, heads, d_kv]."""
+    self_values: jax.Array
+    cross_keys: jax.Array
+    """[layers, batch, source, heads, d_kv], computed once."""
+    cross_values: jax.Array
+    cross_mask: jax.Array
+    """bool [batch, source]: True on real source tokens."""
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention and feed-forward, each behind its norm and added to the stream."""
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.layer_norm_epsilon
+        self.pre_attention_norm = declare(config, "encoder.layers", "embed", gain=True)
+        self.self_attention = Attention(config, "encoder.self")
+        self.pre_mlp_norm = declare(config, "encoder.layers", "embed", gain=True)
+        self.mlp = GatedMlp(config, "encoder")
+
+    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array, dropout: Dropout) -> jax.Array:
+        """x [b, s, embed], mask bool [b, s, s], bias [1, heads, s, s] → [b, s, embed]."""
+        normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
+        keys, values = self.self_attention.project_keys_values(normed)
+        x += dropout(self.self_attention.attend(normed, keys, values, mask, bias, dropout), "self_output")
+        x += dropout(self.mlp(rms_norm(x, self.pre_mlp_norm[...], self.epsilon), dropout), "mlp_output")
+        return constrain(x, "batch", "length", "hidden")
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, cross-attention without bias, feed-forward."""
+
+    def __init__(self, config: ModelConfig):
+        self.epsilon = config.layer_norm_epsilon
+        self.pre_attention_norm = declare(config, "decoder.layers", "embed", gain=True)
+        self.self_attention = Attention(config, "decoder.self")
+        self.pre_cross_attention_norm = declare(config, "decoder.layers", "embed", gain=True)
+        self.cross_attention = Attention(config, "decoder.cross")
+        self.pre_mlp_norm = declare(config, "decoder.layers", "embed", gain=True)
+        self.mlp = GatedMlp(config, "decoder")
+
+    def __call__(
+        self,
+        x: jax.Array,
+        self_keys_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
+        self_mask: jax.Array,
+        bias: jax.Array,
+        cross_keys_values: tuple[jax.Array, jax.Array],
+        cross_mask: jax.Array,
+        dropout: Dropout,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """x [b, t, embed] → the same, and the self-attention keys and values that were attended to.
+
+        `self_keys_values` turns the keys and values of x into those to attend to: the identity in training, an
+        update of the cache in decoding. Masks are bool [b, t, s].
+        """
+        normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
+        attended = self_keys_values(*self.self_attention.project_keys_values(normed))
+        x += dropout(self.self_attention.attend(normed, *attended, self_mask, bias, dropout), "self_output")
+        normed = rms_norm(x, self.pre_cross_attention_norm[...], self.epsilon)
+        crossed = self.cross_attention.attend(normed, *cross_keys_values, cross_mask, None, dropout)
+        x += dropout(crossed, "cross_output")
+        x += dropout(self.mlp(rms_norm(x, self.pre_mlp_norm[...], self.epsilon), dropout), "mlp_output")
+        return constrain(x, "batch", "length", "hidden"), attended
+
+
+class Stack(nnx.Module):
+    """The layers of one side, their relative bias table and the norm after the last."""
+
+    def __init__(self, config: ModelConfig, side: str):
+        self.layers = EncoderLayer(config) if side == "encoder" else DecoderLayer(config)
+        self.relative_bias = declare_relative_bias(config, side)
+        self.final_norm = declare(config, "embed", gain=True)
+
+
+def _scan_layers(layer: nnx.Module, body: Callable, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
+    """Run `body(layer, index, x, slice of per_layer) -> (x, output)` over the stacked layers."""
+    graph, stacked = nnx.split(layer)
+    depth = jax.tree.leaves(stacked)[0].shape[0]
+
+    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
+        index, weights, rest = inputs
+        return body(nnx.merge(graph, weights), index, x, rest)
+
+    return jax.lax.scan(step, x, (jnp.arange(depth), stacked, per_layer))
+
+
+class T5(nnx.Module):
+    """The model. Create it through `bind`; see the functions below for parameters by name."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: Any = jnp.float32):
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.token_embedding = declare(config, "vocab", "embed")
+        self.encoder = Stack(config, "encoder")
+        self.decoder = Stack(config, "decoder")
+        self.lm_head = declare(config, "embed", "vocab", contracted=("embed",))
+
+    def __call__(self, batch: Batch, dropout_seed: jax.Array | int | None = None) -> jax.Array:
+        """Logits of a batch by teacher forcing, float32 [batch, target, vocab].
+
+        Args:
+            batch: packed rows.
+            dropout_seed: switches dropout on; its masks depend on (seed, row id) only.
+        """
+        rate = self.config.dropout_rate
+        off = Dropout(0.0, None)
+        dropout = off if dropout_seed is None else Dropout.of_rows(rate, dropout_seed, batch.row_ids)
+        encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, dropout.fold(0))
+        return self.decode(
+            batch.decoder_input_tokens, batch.decoder_segment_ids, encoded, batch.encoder_segment_ids, dropout.fold(1)
+        )
+
+    def encode(self, tokens: jax.Array, segment_ids: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Source tokens int32 [b, s] and their segment ids (0 = padding) → [b, s, embed]."""
+        dropout = dropout or Dropout(0.0, None)
+        x = self._embed(tokens, dropout)
+        positions = jnp.arange(tokens.shape[1])
+        bias = relative_bias(self.encoder.relative_bias[...], positions, positions, self.config, bidirectional=True)
+        mask = _same_segment(segment_ids, segment_ids)
+
+        def body(layer: EncoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x, mask, bias, dropout.fold(index)), None
+
+        x, _ = _scan_layers(self.encoder.layers, body, x, None)
+        return self._finish(x, self.encoder, dropout)
+
+    def decode(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        encoded: jax.Array,
+        encoder_segment_ids: jax.Array,
+        dropout: Dropout | None = None,
+    ) -> jax.Array:
+        """Decoder inputs int32 [b, t] and an encoded source [b, s, embed] → float32 logits [b, t, vocab]."""
+        dropout = dropout or Dropout(0.0, None)
+        x = self._embed(tokens, dropout)
+        positions = jnp.arange(tokens.shape[1])
+        bias = relative_bias(self.decoder.relative_bias[...], positions, positions, self.config, bidirectional=False)
+        causal = _same_segment(segment_ids, segment_ids) & (positions[:, None] >= positions[None, :])
+        cross_mask = _same_segment(segment_ids, encoder_segment_ids)
+
+        def body(layer: DecoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+            cross = layer.cross_attention.project_keys_values(encoded)
+            return layer(x, lambda *own: own, causal, bias, cross, cross_mask, dropout.fold(index))[0], None
+
+        x, _ = _scan_layers(self.decoder.layers, body, x, None)
+        return self._logits(self._finish(x, self.decoder, dropout))
+
+    def start_cache(self, encoded: jax.Array, encoder_segment_ids: jax.Array, max_tokens: int) -> DecoderCache:
+        """An empty cache for `max_tokens` decoder positions over one example per row."""
+
+        def body(layer: DecoderLayer, _: jax.Array, x: jax.Array, __: None) -> tuple[jax.Array, Any]:
+            return x, layer.cross_attention.project_keys_values(encoded)
+
+        _, (cross_keys, cross_values) = _scan_layers(self.decoder.layers, body, encoded, None)
+        layers, batch, _, heads, d_kv = cross_keys.shape
+        empty = jnp.zeros((layers, batch, max_tokens, heads, d_kv), encoded.dtype)
+        return DecoderCache(empty, empty, cross_keys, cross_values, encoder_segment_ids > 0)
+
+    def decode_step(self, cache: DecoderCache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, DecoderCache]:
+        """One token per row at one position: int32 [b] → float32 logits [b, vocab] and the cache with it."""
+        x = self._embed(tokens[:, None], Dropout(0.0, None))
+        key_positions = jnp.arange(cache.self_keys.shape[2])
+        table = self.decoder.relative_bias[...]
+        bias = relative_bias(table, position[None], key_positions, self.config, bidirectional=False)
+        seen = jnp.broadcast_to(key_positions <= position, (len(tokens), 1, len(key_positions)))
+        cross_mask = cache.cross_mask[:, None]
+
+        def body(layer: DecoderLayer, _: jax.Array, x: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
+            self_keys, self_values, cross_keys, cross_values = cached
+
+            def append(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+                at = (0, position, 0, 0)
+                update = jax.lax.dynamic_update_slice
+                return update(self_keys, keys, at), update(self_values, values, at)
+
+            return layer(x, append, seen, bias, (cross_keys, cross_values), cross_mask, Dropout(0.0, None))
+
+        x, (self_keys, self_values) = _scan_layers(self.decoder.layers, body, x, tuple(cache[:4]))
+        logits = self._logits(self._finish(x, self.decoder, Dropout(0.0, None)))
+        return logits[:, 0], cache._replace(self_keys=self_keys, self_values=self_values)
+
+    def _embed(self, tokens: jax.Array, dropout: Dropout) -> jax.Array:
+        x = self.token_embedding[...].astype(self.compute_dtype)[tokens]
+        return constrain(dropout(x, "embedding"), "batch", "length", "hidden")
+
+    def _finish(self, x: jax.Array, stack: Stack, dropout: Dropout) -> jax.Array:
+        return dropout(rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon), "final")
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum("btd,dv->btv", x, self.lm_head[...].astype(x.dtype), preferred_element_type=wide)
+        return constrain(logits, "batch", "length", "vocab")
+
+
+def _same_segment(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
+    """[b, t], [b, s] → bool [b, t, s]: equal and not padding."""
+    return (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids[:, None, :] > 0)
+
+
+@functools.cache
+def _skeleton(config: ModelConfig, compute_dtype: Any) -> tuple[Any, dict[str, tuple[tuple, nnx.Param]]]:
+    """The module graph, and by dotted name the path and the (shape-only) variable of each parameter."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: T5(config, compute_dtype)))
+    return graph, {".".join(map(str, path)): (path, variable) for path, variable in state.flat_state()}
+
+
+@functools.cache
+def declare_parameters(config: ModelConfig) -> dict[str, ParamSpec]:
+    """Every parameter's declaration, by dotted name."""
+    return {name: variable.spec for name, (_, variable) in sorted(_skeleton(config, jnp.float32)[1].items())}
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of trained scalars."""
+    import math
+
+    return sum(math.prod(spec.shape) for spec in declare_parameters(config).values())
+
+
+def init_parameters(config: ModelConfig, seed: int | jax.Array) -> dict[str, jax.Array]:
+    """Fresh float32 parameters: gains one, all else N(0, std of the declaration).
+
+    Each parameter has a key of its own name, so adding one to the model leaves the others' values alone.
+    """
+    key = jax.random.key(seed)
+
+    def draw(name: str, spec: ParamSpec) -> jax.Array:
+        if spec.gain:
+            return jnp.ones(spec.shape, jnp.float32)
+        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
+        return spec.init_std * jax.random.normal(own, spec.shape, jnp.float32)
+
+    return {name: draw(name, spec) for name, spec in declare_parameters(config).items()}
+
+
+def bind(config: ModelConfig, parameters: Mapping[str, Any], compute_dtype: Any = jnp.float32) -> T5:
+    """A model that computes with these arrays; cheap, meant to be called inside jitted functions.
+
+    Args:
+        config: the model's shape.
+        parameters: arrays by dotted name.
+        compute_dtype: of activations and matrix products; norms, softmax and logits are float32 at least.
+
+    Raises:
+        ValueError: if the names are not exactly the declared ones.
+    """
+    graph, variables = _skeleton(config, jnp.dtype(compute_dtype))
+    if parameters.keys() != variables.keys():
+        different = sorted(parameters.keys() ^ variables.keys())
+        raise ValueError(f"parameters do not fit the config; missing or surplus: {', '.join(different[:8])}")
+    state = nnx.State.from_flat_path({path: variable.replace(parameters[name]) for name, (path, variable) in variables.items()})
+    return nnx.merge(graph, state)
