@@ -230,7 +230,7 @@ def _same_segment(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
 def _skeleton(config: ModelConfig, compute_dtype: Any) -> tuple[Any, dict[str, tuple[tuple, nnx.Param]]]:
     """The module graph, and by dotted name the path and the (shape-only) variable of each parameter."""
     graph, state = nnx.split(nnx.eval_shape(lambda: T5(config, compute_dtype)))
-    return graph, {".".join(map(str, path)): (path, variable) for path, variable in state.flat_state()}
+    return graph, {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
 @functools.cache
@@ -277,5 +277,5 @@ def bind(config: ModelConfig, parameters: Mapping[str, Any], compute_dtype: Any 
     if parameters.keys() != variables.keys():
         different = sorted(parameters.keys() ^ variables.keys())
         raise ValueError(f"parameters do not fit the config; missing or surplus: {', '.join(different[:8])}")
-    state = nnx.State.from_flat_path({path: variable.replace(parameters[name]) for name, (path, variable) in variables.items()})
+    state = nnx.from_flat_state({path: variable.replace(parameters[name]) for name, (path, variable) in variables.items()})
     return nnx.merge(graph, state)

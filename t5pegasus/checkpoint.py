@@ -1,0 +1,235 @@
+"""Checkpoints: arrays by dotted name, what they are, and a manifest whose presence alone commits them.
+
+A checkpoint folder holds `arrays/` (Orbax, zarr3, one folder per array), `checkpoint.json`, a copy of the
+`tokenizer/`, whatever its writer adds, and, written last, `manifest.json` with the size and SHA-256 of every file.
+It is written under a temporary name and renamed when whole; reading verifies it first.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
+from t5pegasus.errors import ArtifactError, UsageError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint's arrays are and where they come from."""
+
+    config: RunConfig
+    step: int
+    rows: int
+    compute_dtype: str
+    tokenizer_fingerprint: str
+    examples_fingerprint: str | None = None
+    """Of the examples whose rows were consumed; None before any training."""
+    lineage: tuple[dict[str, Any], ...] = ()
+    """One entry per growth: plan, its hash, the step, the source's fingerprint."""
+    history: tuple[dict[str, Any], ...] = ()
+    """Held-out losses so far: {step, loss}."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "CheckpointInfo":
+        fields = {key: item for key, item in value.items() if key != "schema"}
+        fields |= {key: tuple(fields[key]) for key in ("lineage", "history")}
+        return cls(**fields | {"config": RunConfig.from_json(fields["config"])})
+
+
+def save_checkpoint(
+    path: Path,
+    arrays: Mapping[str, jax.Array | np.ndarray],
+    info: CheckpointInfo,
+    tokenizer_path: Path,
+    add_files: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a checkpoint; every process of a multi-process run calls it and writes its own shards.
+
+    Args:
+        path: the folder to create; what lies there already is replaced only once the new one is whole.
+        arrays: by dotted name; names beginning with `parameters.` are required.
+        info: see CheckpointInfo.
+        tokenizer_path: folder copied to `tokenizer/`.
+        add_files: called with the unfinished folder, on the first process, to put more into it.
+    """
+    unfinished = path.with_name(path.name + ".unfinished")
+    first = jax.process_index() == 0
+    if first:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    _synchronise(f"begin {path}")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer:
+        writer.save(unfinished.absolute() / "arrays", args=ocp.args.PyTreeSave(dict(arrays)))
+    if first:
+        shutil.copytree(tokenizer_path, unfinished / "tokenizer")
+        write_json(unfinished / "checkpoint.json", info.to_json())
+        if add_files is not None:
+            add_files(unfinished)
+        write_json(unfinished / MANIFEST, _describe_files(unfinished))
+        superseded = path.with_name(path.name + ".superseded")
+        if path.exists():
+            path.rename(superseded)
+        unfinished.rename(path)
+        shutil.rmtree(superseded, ignore_errors=True)
+    _synchronise(f"end {path}")
+
+
+def verify_checkpoint(path: Path) -> dict[str, Any]:
+    """Compare every file with the manifest, which is returned.
+
+    Raises:
+        ArtifactError: naming the first file that is missing, surplus, of another size or of other content.
+    """
+    if not (path / MANIFEST).is_file():
+        raise ArtifactError(
+            f"{path} is not a finished checkpoint: it has no {MANIFEST}; "
+            "give a run folder or one of its checkpoints/STEP folders"
+        )
+    manifest = read_json(path / MANIFEST)
+    check_schema(manifest, path / MANIFEST)
+    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
+    for name in sorted(found ^ manifest["files"].keys()):
+        state = "not in the manifest" if name in found else "missing"
+        raise ArtifactError(f"checkpoint {path}: file {name} is {state}; use another step, or copy the folder anew")
+    for name, wanted in manifest["files"].items():
+        got = _describe_file(path / name)
+        if got != wanted:
+            raise ArtifactError(
+                f"checkpoint {path}: file {name} is damaged: {got['bytes']} bytes sha256 {got['sha256'][:12]}…, "
+                f"the manifest says {wanted['bytes']} bytes sha256 {wanted['sha256'][:12]}…; use another step"
+            )
+    return manifest
+
+
+def load_checkpoint_info(path: Path) -> CheckpointInfo:
+    """What the checkpoint in this folder is."""
+    value = read_json(path / "checkpoint.json")
+    check_schema(value, path / "checkpoint.json")
+    return CheckpointInfo.from_json(value)
+
+
+def load_arrays(
+    path: Path, prefixes: tuple[str, ...] = ("",), shardings: Mapping[str, jax.sharding.Sharding] | None = None
+) -> dict[str, Any]:
+    """The arrays whose names begin with one of the prefixes; other ones are not read.
+
+    Args:
+        path: a checkpoint folder, verified by the caller (`find_checkpoint` does).
+        prefixes: e.g. ("parameters.",) for inference.
+        shardings: by name, where each array shall lie, on any mesh; None gives NumPy arrays.
+
+    Raises:
+        ArtifactError: if a name in `shardings` is not in the checkpoint.
+    """
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as reader:
+        stored = reader.metadata(path.absolute() / "arrays").item_metadata.tree
+        names = [name for name in stored if name.startswith(prefixes)]
+        if shardings is not None and (absent := sorted(shardings.keys() - stored.keys())):
+            raise ArtifactError(f"checkpoint {path} has no array {absent[0]} ({len(absent)} missing)")
+        restore_args = {
+            name: ocp.RestoreArgs(restore_type=np.ndarray)
+            if shardings is None
+            else ocp.ArrayRestoreArgs(sharding=shardings[name], strict=True)
+            for name in names
+        }
+        item = {name: stored[name] for name in names}
+        restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+        return reader.restore(path.absolute() / "arrays", args=restore)
+
+
+def has_optimizer_state(path: Path) -> bool:
+    """Whether training can continue from this checkpoint, not only start from its parameters."""
+    return any((path / "arrays").glob("first_moment.*"))
+
+
+def list_checkpoints(run_path: Path) -> list[Path]:
+    """The finished checkpoints of a run, newest first."""
+    folders = (run_path / "checkpoints").glob("*")
+    finished = [folder for folder in folders if folder.name.isdigit() and (folder / MANIFEST).is_file()]
+    return sorted(finished, key=lambda folder: int(folder.name), reverse=True)
+
+
+def find_last_good(run_path: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies; damaged ones are named in the log and passed over."""
+    for path in list_checkpoints(run_path):
+        try:
+            verify_checkpoint(path)
+        except ArtifactError as error:
+            logger.warning("%s; going back to the one before", error)
+        else:
+            return path
+    return None
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint a user means: this very folder, or the last good one of a run folder.
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged.
+    """
+    if (path / "checkpoint.json").is_file():
+        verify_checkpoint(path)
+        return path
+    found = find_last_good(path) if path.is_dir() else None
+    if found is None:
+        raise ArtifactError(
+            f"{path} is neither a checkpoint (a folder with checkpoint.json and {MANIFEST}) nor a run with one "
+            "under checkpoints/; check the path, or train first with: t5pegasus pretrain"
+        )
+    return found
+
+
+def remove_old_checkpoints(run_path: Path, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+    if jax.process_index() != 0:
+        return
+    for folder in list_checkpoints(run_path)[keep:]:
+        doomed = folder.with_name(folder.name + ".superseded")
+        folder.rename(doomed)
+    for leftover in (*(run_path / "checkpoints").glob("*.superseded"), *(run_path / "checkpoints").glob("*.unfinished")):
+        shutil.rmtree(leftover)
+
+
+def check_tokenizer(path: Path, info: CheckpointInfo, fingerprint: str) -> None:
+    """Refuse a tokenizer that is not the checkpoint's."""
+    if fingerprint != info.tokenizer_fingerprint:
+        raise UsageError(
+            f"checkpoint {path} was trained with tokenizer {info.tokenizer_fingerprint[:12]}…, got {fingerprint[:12]}…; "
+            f"build the examples with the tokenizer in {path / 'tokenizer'}"
+        )
+
+
+def _describe_files(folder: Path) -> dict[str, Any]:
+    files = {
+        str(file.relative_to(folder)): _describe_file(file) for file in sorted(folder.rglob("*")) if file.is_file()
+    }
+    # Orbax stamps its own metadata with the time, so the fingerprint covers the array data and our description.
+    lasting = {name: entry["sha256"] for name, entry in files.items() if not Path(name).name.startswith("_")}
+    fingerprint = hashlib.sha256(repr(sorted(lasting.items())).encode()).hexdigest()
+    return {"schema": SCHEMA, "fingerprint": fingerprint, "files": files}
+
+
+def _describe_file(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _synchronise(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

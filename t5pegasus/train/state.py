@@ -1,0 +1,98 @@
+"""What a run carries from update to update, and its flat form on disk."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5pegasus.axes import AxisMultiplier, ParamSpec
+from t5pegasus.config import ModelConfig
+from t5pegasus.model.t5 import declare_parameters, init_parameters
+from t5pegasus.sharding import param_shardings
+from t5pegasus.train.optimizer import init_multipliers
+
+
+class TrainState(NamedTuple):
+    """Parameters, optimizer state, growth multipliers and the position in the data."""
+
+    step: Any
+    """int32 scalar: updates made."""
+    rows: Any
+    """uint32 scalar: rows of the packed stream consumed, which is the whole data position."""
+    parameters: dict[str, Any]
+    first_moment: dict[str, Any]
+    second_moment: dict[str, Any]
+    multipliers: dict[str, AxisMultiplier]
+
+
+def start_state(parameters: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> TrainState:
+    """The state before the first update of these parameters."""
+    zeros = {name: jnp.zeros_like(value) for name, value in parameters.items()}
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        rows=jnp.zeros((), jnp.uint32),
+        parameters=dict(parameters),
+        first_moment=zeros,
+        second_moment={name: jnp.zeros_like(value) for name, value in parameters.items()},
+        multipliers=init_multipliers(specs),
+    )
+
+
+def init_state(config: ModelConfig, seed: int, mesh: Mesh) -> TrainState:
+    """A fresh state, created in place on the mesh: no device ever holds more than its shards.
+
+    The numbers depend on the seed alone, not on the mesh.
+    """
+    specs = declare_parameters(config)
+
+    def create(seed: jax.Array) -> TrainState:
+        return start_state(init_parameters(config, seed), specs)
+
+    return jax.jit(create, out_shardings=state_shardings(specs, mesh))(seed)
+
+
+def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> TrainState:
+    """A TrainState of shardings: moments lie where their parameters lie, all the rest on every device."""
+    of_parameters = param_shardings(specs, mesh)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    axes = {axis for spec in specs.values() for axis in spec.axes}
+    return TrainState(
+        step=everywhere,
+        rows=everywhere,
+        parameters=of_parameters,
+        first_moment=dict(of_parameters),
+        second_moment=dict(of_parameters),
+        multipliers={axis: AxisMultiplier(everywhere, everywhere) for axis in sorted(axes)},
+    )
+
+
+def state_to_arrays(state: TrainState) -> dict[str, Any]:
+    """Flat dotted names → leaves, the form checkpoints store; works on states of arrays or of shardings."""
+    arrays = {"step": state.step, "rows": state.rows}
+    for group in ("parameters", "first_moment", "second_moment"):
+        arrays |= {f"{group}.{name}": leaf for name, leaf in getattr(state, group).items()}
+    for axis, multiplier in state.multipliers.items():
+        arrays |= {f"multipliers.{axis}.written": multiplier.written, f"multipliers.{axis}.read": multiplier.read}
+    return arrays
+
+
+def arrays_to_state(arrays: Mapping[str, Any]) -> TrainState:
+    """The inverse of `state_to_arrays`."""
+
+    def group(prefix: str) -> dict[str, Any]:
+        return {name.removeprefix(prefix): leaf for name, leaf in arrays.items() if name.startswith(prefix)}
+
+    multipliers = group("multipliers.")
+    axes = {name.rpartition(".")[0] for name in multipliers}
+    return TrainState(
+        step=arrays["step"],
+        rows=arrays["rows"],
+        parameters=group("parameters."),
+        first_moment=group("first_moment."),
+        second_moment=group("second_moment."),
+        multipliers={
+            axis: AxisMultiplier(multipliers[f"{axis}.written"], multipliers[f"{axis}.read"]) for axis in sorted(axes)
+        },
+    )

@@ -1,0 +1,127 @@
+"""The train step and the held-out loss, jitted over the mesh in this one place."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from t5pegasus.axes import ParamSpec
+from t5pegasus.batch import Batch
+from t5pegasus.config import RunConfig
+from t5pegasus.model.t5 import bind, declare_parameters
+from t5pegasus.sharding import batch_shardings, check_batch_divides, param_shardings, place_batch
+from t5pegasus.train.loss import LossSums, sum_losses
+from t5pegasus.train.optimizer import apply_adamw, make_schedule, weighted_norm
+from t5pegasus.train.state import TrainState, state_shardings
+
+Metrics = dict[str, jax.Array]
+
+
+def resolve_compute_dtype(config: RunConfig) -> Any:
+    """`auto` is bfloat16 on TPU and GPU, float32 on CPU (whose bfloat16 is the slower one)."""
+    name = config.train.compute_dtype
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted update (state, batch) → (state, metrics); the state it is given is consumed (donated).
+
+    Raises:
+        UsageError: if batch or model sizes do not divide over the mesh.
+    """
+    check_batch_divides(config.train.batch_size, config.train.accumulation_steps, mesh)
+    specs = declare_parameters(config.model)
+    update = pure_train_step(config, specs, resolve_compute_dtype(config))
+    shardings = state_shardings(specs, mesh)
+    return _under(
+        mesh,
+        jax.jit(update, in_shardings=(shardings, batch_shardings(mesh)), out_shardings=(shardings, None), donate_argnums=0),
+    )
+
+
+def pure_train_step(
+    config: RunConfig, specs: Mapping[str, ParamSpec], compute_dtype: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The update as a pure function: micro-batch gradients summed, clipped, applied by AdamW."""
+    schedule = make_schedule(config.optimizer, config.train.steps)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
+
+        def objective(parameters: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+            logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
+            sums = sum_losses(logits, micro.decoder_target_tokens, micro.decoder_loss_weights)
+            return (sums.nll + config.train.z_loss * sums.z) / total_weight, sums
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            gradients, sums = jax.grad(objective, has_aux=True)(state.parameters, micro)
+            return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums(*(jnp.zeros(()),) * 4)
+        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))
+        norm = weighted_norm(gradients, specs, state.multipliers)
+        clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
+        gradients = {name: clip * gradient for name, gradient in gradients.items()}
+        learning_rate = schedule(state.step)
+        parameters, first, second = apply_adamw(
+            config.optimizer, specs, state.multipliers, state.parameters, gradients,
+            state.first_moment, state.second_moment, state.step, learning_rate,
+        )  # fmt: skip
+        rows = state.rows + jnp.uint32(len(batch.row_ids))
+        metrics = {
+            "loss": sums.nll / total_weight,
+            "accuracy": sums.correct / total_weight,
+            "z_loss": sums.z / total_weight,
+            "grad_norm": norm,
+            "learning_rate": learning_rate,
+            "source_tokens": jnp.sum(batch.encoder_segment_ids > 0),
+            "target_tokens": sums.weight,
+        }
+        return TrainState(state.step + 1, rows, parameters, first, second, state.multipliers), metrics
+
+    return train_step
+
+
+def _split_micro(batch: Batch, count: int) -> Batch:
+    """[B, …] → [count, B/count, …], every device giving an equal part of its rows to each micro-batch."""
+    return Batch(*(field.reshape(-1, count, *field.shape[1:]).swapaxes(0, 1) for field in batch))
+
+
+def make_heldout_loss(
+    config: RunConfig, mesh: Mesh
+) -> Callable[[dict[str, jax.Array], Iterable[Batch]], dict[str, float]]:
+    """A function (parameters, batches of this process's rows) → mean loss and accuracy over all target tokens."""
+    specs = declare_parameters(config.model)
+    compute_dtype = resolve_compute_dtype(config)
+
+    def sums(parameters: dict[str, jax.Array], batch: Batch) -> LossSums:
+        logits = bind(config.model, parameters, compute_dtype)(batch)
+        return sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
+
+    jitted = _under(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
+
+    def heldout_loss(parameters: dict[str, jax.Array], batches: Iterable[Batch]) -> dict[str, float]:
+        import numpy as np
+
+        total = np.zeros(4)
+        for batch in batches:
+            rows = np.arange(len(batch.row_ids))
+            total += np.array(jax.device_get(jitted(parameters, place_batch(batch, rows, len(rows), mesh))), np.float64)
+        nll, _, correct, weight = total
+        return {"loss": float(nll / weight), "accuracy": float(correct / weight)}
+
+    return heldout_loss
+
+
+def _under(mesh: Mesh, function: Callable) -> Callable:
+    """Run a jitted function with the mesh in context, so that activations can be constrained by axis names."""
+
+    def call(*args: Any) -> Any:
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    return call
