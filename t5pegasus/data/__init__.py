@@ -1,0 +1,1 @@
+"""Examples on disk, packed into rows and loaded as batches."""

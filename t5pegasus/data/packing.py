@@ -1,0 +1,185 @@
+"""The packing table: which examples share a row, decided once and memory-mapped from then on.
+
+First-fit over a bounded window of open rows, in the (already shuffled) order of the examples: an example
+goes into the oldest open row with room for its source and its target. Against best-fit-decreasing this
+loses at most two percent of the positions, keeps memory bounded and needs no second look at the data.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from t5pegasus.config import SCHEMA, DataConfig, check_schema, read_json, write_json
+from t5pegasus.data.shards import ExampleShards, hash_file
+from t5pegasus.errors import ArtifactError
+
+_OPEN_ROWS = 128
+"""More raise the efficiency by under one percent and cost time in proportion."""
+_BLOCK_EXAMPLES = 2**16
+
+
+class PackingTable(NamedTuple):
+    """Row k holds the examples `examples[row_starts[k]:row_starts[k + 1]]`, in the order of its segments."""
+
+    row_starts: np.ndarray
+    """int64 [num_rows + 1]."""
+    examples: np.ndarray
+    """int64 [num_examples]: every example once."""
+    source_efficiency: float
+    """Share of the source positions that are not padding."""
+    target_efficiency: float
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in one epoch."""
+        return len(self.row_starts) - 1
+
+
+def pack_examples(lengths: np.ndarray, max_source_tokens: int, max_target_tokens: int) -> Iterator[list[int]]:
+    """Rows of examples, each row a list of example indices whose lengths fit it together.
+
+    Args:
+        lengths: int [n, 2], source and target length of each example; longer than a row counts as a full row.
+        max_source_tokens: source positions of a row.
+        max_target_tokens: target positions of a row.
+
+    Yields:
+        every row once, when it closes: no room for the shortest example, or pushed out by newer rows.
+    """
+    capacity = np.array([max_source_tokens, max_target_tokens])
+    least_source, least_target = np.minimum(lengths.min(axis=0, initial=2**31 - 1), capacity).tolist()
+    room: list[list[int]] = []  # [source positions left, target positions left] of each open row
+    rows: list[list[int]] = []
+    for block in range(0, len(lengths), _BLOCK_EXAMPLES):
+        fitted = np.minimum(lengths[block : block + _BLOCK_EXAMPLES], capacity)
+        for index, (source, target) in enumerate(fitted.tolist(), start=block):
+            for at, left in enumerate(room):
+                if left[0] >= source and left[1] >= target:
+                    rows[at].append(index)
+                    break
+            else:
+                at, left = len(room), [max_source_tokens, max_target_tokens]
+                room.append(left)
+                rows.append([index])
+            left[0] -= source
+            left[1] -= target
+            if left[0] < least_source or left[1] < least_target:
+                del room[at]
+                yield rows.pop(at)
+            elif len(room) > _OPEN_ROWS:
+                del room[0]
+                yield rows.pop(0)
+    yield from rows
+
+
+def load_packing(shards: ExampleShards, data: DataConfig) -> PackingTable:
+    """The table of these examples and lengths, from the examples folder; built there the first time.
+
+    Without packing row k is example k. The first build also verifies the checksums of all shards, once.
+
+    Raises:
+        ArtifactError: if a shard or a stored table is damaged, or the folder cannot be written to.
+    """
+    folder = shards.path / f"packing-{_table_hash(shards.fingerprint, data)}"
+    if not folder.is_dir():
+        shards.verify()
+        try:
+            _write_table(folder, shards, data)
+        except PermissionError as error:
+            raise ArtifactError(
+                f"{folder} cannot be written ({error.strerror}): the packing table is kept beside the "
+                "examples; copy them to a folder you may write to"
+            ) from error
+    description = read_json(folder / "packing.json")
+    check_schema(description, folder / "packing.json")
+    arrays = {}
+    for name, wanted in description["sha256"].items():
+        path = folder / name
+        got = hash_file(path) if path.is_file() else "absent"
+        if got != wanted:
+            raise ArtifactError(
+                f"{path}: sha256 is {got}, packing.json says {wanted}; delete {folder}, it is made anew"
+            )
+        arrays[path.stem] = np.load(path, mmap_mode="r")
+    return PackingTable(
+        **arrays,
+        source_efficiency=description["source_efficiency"],
+        target_efficiency=description["target_efficiency"],
+    )
+
+
+def _table_hash(fingerprint: str, data: DataConfig) -> str:
+    lengths = (data.max_source_tokens, data.max_target_tokens)
+    key = ["first-fit" if data.pack else "single", _OPEN_ROWS, fingerprint, *lengths]
+    return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+
+
+def _write_table(folder: Path, shards: ExampleShards, data: DataConfig) -> None:
+    """Build under a temporary name of this process; whoever renames first wins, the tables are the same."""
+    temporary = folder.with_name(f".{folder.name}.{os.uname().nodename}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        num_rows = _write_arrays(temporary, shards.lengths, data)
+        capacity = np.array([data.max_source_tokens, data.max_target_tokens])
+        used = np.minimum(shards.lengths, capacity).sum(axis=0, dtype=np.int64) / (capacity * num_rows)
+        description = {
+            "schema": SCHEMA,
+            "kind": "packing",
+            "examples_fingerprint": shards.fingerprint,
+            "data": {key: value for key, value in data.to_json().items() if key != "seed"},
+            "num_examples": len(shards),
+            "num_rows": num_rows,
+            "source_efficiency": float(used[0]),
+            "target_efficiency": float(used[1]),
+            "sha256": {path.name: hash_file(path) for path in sorted(temporary.glob("*.npy"))},
+        }
+        write_json(temporary / "packing.json", description)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_arrays(folder: Path, lengths: np.ndarray, data: DataConfig) -> int:
+    """Stream the table to disk, holding one block of it in memory; returns the number of rows."""
+    if data.pack:
+        rows = pack_examples(lengths, data.max_source_tokens, data.max_target_tokens)
+    else:
+        rows = ([index] for index in range(len(lengths)))
+    examples = np.lib.format.open_memmap(folder / "examples.npy", "w+", np.int64, (len(lengths),))
+    ends_path = folder / "row_ends"
+    done, num_rows = 0, 0
+    with ends_path.open("wb") as file:
+        for block in _blocks(rows):
+            flat = np.array([index for row in block for index in row], np.int64)
+            examples[done : done + len(flat)] = flat
+            np.add.accumulate([done] + [len(row) for row in block], dtype=np.int64)[1:].tofile(file)
+            done += len(flat)
+            num_rows += len(block)
+    examples.flush()
+    row_starts = np.lib.format.open_memmap(folder / "row_starts.npy", "w+", np.int64, (num_rows + 1,))
+    row_starts[1:] = np.memmap(ends_path, np.int64, "r")
+    row_starts.flush()
+    ends_path.unlink()
+    return num_rows
+
+
+def _blocks(rows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+    block: list[list[int]] = []
+    for row in rows:
+        block.append(row)
+        if len(block) == _BLOCK_EXAMPLES:
+            yield block
+            block = []
+    if block:
+        yield block

@@ -1,0 +1,279 @@
+"""Examples on disk: ArrayRecord shards of token ids, their lengths, a copy of the tokenizer and a manifest.
+
+A record is the source length (uint32, little endian) followed by the ids of source and target, as uint16
+while the vocabulary is smaller than 65,536 and as uint32 from there on. One record per group
+(`group_size:1`) makes random access one read; uncompressed, because zstd gains nothing on groups this
+small. The bytes depend on the examples alone, and every record carries a hash that a read checks.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from t5pegasus.config import SCHEMA, check_schema, read_json, write_json
+from t5pegasus.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+LENGTHS = "lengths.npy"
+HISTOGRAM_BIN_TOKENS = 16
+_HEADER = np.dtype("<u4")
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+class Example(NamedTuple):
+    """One (source, target) pair of token ids, both with their end token, without the decoder's start id."""
+
+    source: np.ndarray
+    """int32 [S]."""
+    target: np.ndarray
+    """int32 [T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """What the manifest says of one file of examples."""
+
+    file: str
+    num_examples: int
+    bytes: int
+    sha256: str
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of the two unsigned types that holds every id."""
+    return np.dtype("<u2" if vocab_size < 2**16 else "<u4")
+
+
+def shard_name(index: int, num_shards: int) -> str:
+    """`examples-00000-of-00008.array_record`, for index 0 of 8."""
+    return f"examples-{index:05d}-of-{num_shards:05d}.array_record"
+
+
+def pack_record(
+    source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray, dtype: np.dtype
+) -> bytes:
+    """One example as the bytes of a record."""
+    header = np.array(len(source), _HEADER).tobytes()
+    return header + np.asarray(source, dtype).tobytes() + np.asarray(target, dtype).tobytes()
+
+
+def unpack_record(record: bytes, dtype: np.dtype) -> Example:
+    """The example in a record written by `pack_record` with the same `dtype`."""
+    num_source = int(np.frombuffer(record, _HEADER, count=1)[0])
+    ids = np.frombuffer(record, dtype, offset=_HEADER.itemsize).astype(np.int32)
+    return Example(ids[:num_source], ids[num_source:])
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
+    """Write one shard under a temporary name and rename it when it is whole and on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
+    num_examples = 0
+    try:
+        for record in records:
+            writer.write(record)
+            num_examples += 1
+    finally:
+        writer.close()
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    shard = Shard(path.name, num_examples, temporary.stat().st_size, hash_file(temporary))
+    temporary.replace(path)
+    return shard
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """`np.save` under a temporary name, renamed when it is whole and on disk."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        np.save(file, array)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    shards: Sequence[Shard],
+    config: dict[str, Any],
+    documents: dict[str, Any],
+    vocab_size: int,
+    tokenizer_fingerprint: str,
+    pad_id: int,
+    start_id: int,
+    end_id: int,
+) -> dict[str, Any]:
+    """Write the manifest of a folder whose shards, lengths and tokenizer are in place; returns it.
+
+    The fingerprint covers what training sees (tokenizer, special ids, bytes of shards and lengths), not how
+    it came about, so the same examples built on another machine have the same one.
+    """
+    lengths = np.load(folder / LENGTHS, mmap_mode="r")
+    content = {
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "vocab_size": vocab_size,
+        "pad_id": pad_id,
+        "start_id": start_id,
+        "end_id": end_id,
+        "lengths_sha256": hash_file(folder / LENGTHS),
+        "shards": [dataclasses.asdict(shard) for shard in shards],
+    }
+    num_source, num_target = (int(total) for total in lengths.sum(axis=0, dtype=np.int64))
+    max_source, max_target = (int(longest) for longest in lengths.max(axis=0, initial=0))
+    manifest = {
+        "schema": SCHEMA,
+        "kind": "examples",
+        "config": config,
+        **content,
+        "num_examples": len(lengths),
+        "num_source_tokens": num_source,
+        "num_target_tokens": num_target,
+        "max_source_tokens": max_source,
+        "max_target_tokens": max_target,
+        "length_histograms": {
+            "bin_tokens": HISTOGRAM_BIN_TOKENS,
+            "source": np.bincount(lengths[:, 0] // HISTOGRAM_BIN_TOKENS).tolist(),
+            "target": np.bincount(lengths[:, 1] // HISTOGRAM_BIN_TOKENS).tolist(),
+        },
+        "documents": documents,
+        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+    }
+    write_json(folder / MANIFEST, manifest)
+    return manifest
+
+
+class ExampleShards:
+    """Random access to a folder of examples: `shards[i]` is example i in global order.
+
+    Opening checks names and sizes of all files; each read checks the record's hash and its lengths;
+    `verify` reads everything. Safe to share between threads.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Open a folder that `t5pegasus build` wrote.
+
+        Raises:
+            ArtifactError: if the folder is unfinished, or a file of it is missing or damaged.
+        """
+        self.path = Path(path)
+        if not (self.path / MANIFEST).is_file():
+            raise ArtifactError(
+                f"{self.path} is no folder of examples: {MANIFEST}, which is written last, is missing; "
+                "write the examples with `t5pegasus build`, or run the interrupted build again"
+            )
+        self.manifest = read_json(self.path / MANIFEST)
+        check_schema(self.manifest, self.path / MANIFEST)
+        if self.manifest.get("kind") != "examples":
+            raise ArtifactError(
+                f"{self.path / MANIFEST}: kind is {self.manifest.get('kind')!r}, 'examples' was wanted; "
+                "pass the folder that `t5pegasus build` wrote"
+            )
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.tokenizer_path = self.path / "tokenizer"
+        self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
+        self._dtype = token_dtype(self.manifest["vocab_size"])
+        for shard in self.shards:
+            self._check_size(shard)
+        self.lengths = self._load_lengths()
+        self._starts = np.cumsum([0] + [shard.num_examples for shard in self.shards])
+        self._readers = [
+            ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS) for shard in self.shards
+        ]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.read([index])[0]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; reading afterwards is an error."""
+        for reader in self._readers:
+            reader.close()
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
+        """The examples of these indices, in their order; many at once are several times faster than one each.
+
+        Raises:
+            ArtifactError: if a record is damaged.
+            IndexError: if an index is outside [0, len).
+        """
+        wanted = np.asarray(indices, np.int64)
+        if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
+            raise IndexError(f"example indices {wanted.min()}…{wanted.max()} outside [0, {len(self)})")
+        of_shard = np.searchsorted(self._starts, wanted, side="right") - 1
+        examples: list[Example] = [None] * len(wanted)  # pyright: ignore[reportAssignmentType]
+        for shard in np.unique(of_shard):
+            places = np.flatnonzero(of_shard == shard)
+            try:
+                records = self._readers[shard].read((wanted[places] - self._starts[shard]).tolist())
+            except (RuntimeError, IndexError) as error:
+                raise self._damage(self.shards[shard], f"a record cannot be read ({error})") from error
+            for place, record in zip(places, records):
+                example = unpack_record(record, self._dtype)
+                got, told = (len(example.source), len(example.target)), self.lengths[wanted[place]]
+                if got != tuple(told):
+                    detail = (
+                        f"example {wanted[place]} has lengths {got}, {LENGTHS} says {tuple(told.tolist())}"
+                    )
+                    raise self._damage(self.shards[shard], detail)
+                examples[place] = example
+        return examples
+
+    def verify(self) -> None:
+        """Read every shard whole and compare its sha256 with the manifest's.
+
+        Raises:
+            ArtifactError: naming the first file that differs, with both values.
+        """
+        for shard in self.shards:
+            self._check_size(shard)
+            got = hash_file(self.path / shard.file)
+            if got != shard.sha256:
+                raise self._damage(shard, f"sha256 is {got}, the manifest says {shard.sha256}")
+
+    def _check_size(self, shard: Shard) -> None:
+        path = self.path / shard.file
+        if not path.is_file():
+            raise self._damage(
+                shard, f"the file is missing; the manifest lists {shard.num_examples} examples in it"
+            )
+        if path.stat().st_size != shard.bytes:
+            raise self._damage(shard, f"it has {path.stat().st_size} bytes, the manifest says {shard.bytes}")
+
+    def _load_lengths(self) -> np.ndarray:
+        path, wanted = self.path / LENGTHS, self.manifest["lengths_sha256"]
+        got = hash_file(path) if path.is_file() else "absent"
+        if got != wanted:
+            raise ArtifactError(
+                f"{path}: sha256 is {got}, the manifest says {wanted}; copy the folder again from where "
+                "it is whole, or delete it and build it again"
+            )
+        return np.load(path, mmap_mode="r")
+
+    def _damage(self, shard: Shard, detail: str) -> ArtifactError:
+        return ArtifactError(
+            f"{self.path / shard.file}: {detail}; copy the folder again from where it is whole, "
+            "or delete it and build it again"
+        )
