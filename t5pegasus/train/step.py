@@ -73,6 +73,7 @@ def pure_train_step(
         )  # fmt: skip
         rows = state.rows + jnp.uint32(len(batch.row_ids))
         metrics = {
+            "rows": rows,
             "loss": sums.nll / total_weight,
             "accuracy": sums.correct / total_weight,
             "z_loss": sums.z / total_weight,

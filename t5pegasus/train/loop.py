@@ -1,0 +1,94 @@
+"""The one training loop: pretraining, continuing after growth and fine-tuning are runs of it."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from t5pegasus.batch import Batch
+from t5pegasus.config import RunConfig
+from t5pegasus.progress import Progress
+from t5pegasus.train.metrics import Meter, MetricsWriter
+from t5pegasus.train.state import TrainState
+
+History = tuple[dict[str, Any], ...]
+
+
+class Hooks(NamedTuple):
+    """What the loop calls but does not know: they bring data, held-out losses and disks."""
+
+    evaluate: Callable[[TrainState], dict[str, float]] | None
+    """State → {loss, accuracy} on held-out text; None where there is none."""
+    save: Callable[[TrainState, History], Path]
+    """Write a checkpoint, return its folder."""
+
+
+def run(
+    state: TrainState,
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]],
+    batches: Iterator[Batch],
+    config: RunConfig,
+    hooks: Hooks,
+    metrics: MetricsWriter,
+    history: History = (),
+) -> tuple[TrainState, History]:
+    """Train until the state has made `config.train.steps` updates.
+
+    The numbers of update n are read after update n + 1 is on its way, so the device does not wait for the host.
+
+    Args:
+        state: where to begin; it is consumed.
+        train_step: the jitted update.
+        batches: of the rows from `state.rows` on, already on the devices.
+        config: steps, and the intervals of logging, evaluating and saving.
+        hooks: evaluation and saving.
+        metrics: receives a `train` record per logging interval and a `heldout` record per evaluation.
+        history: held-out losses so far.
+
+    Returns:
+        The final state and the history.
+
+    Raises:
+        DivergedError: if the loss is not finite; the last checkpoint is left as it was.
+    """
+    train = config.train
+    meter = Meter(config)
+
+    def due(every_steps: int, step: int) -> bool:
+        return step == train.steps or step % every_steps == 0
+
+    def settle(step: int, values: dict[str, jax.Array]) -> None:
+        meter.add(step, values)
+        if due(train.log_every_steps, step):
+            record = meter.report()
+            metrics.write("train", step, **record)
+            progress.detail = f"loss {record['loss']:.3f}, {record['tokens_per_second']:,.0f} tokens/s"
+
+    step = int(state.step)
+    pending: tuple[int, dict[str, jax.Array]] | None = None
+    with Progress("train", total=train.steps, unit="steps", shown=jax.process_index() == 0) as progress:
+        progress.skip(step)
+        while step < train.steps:
+            with meter.waiting():
+                batch = next(batches)
+            state, values = train_step(state, batch)
+            step += 1
+            if pending is not None:
+                settle(*pending)
+            pending = (step, values)
+            progress.advance(1)
+            evaluates, saves = due(train.evaluate_every_steps, step), due(train.save_every_steps, step)
+            if not (evaluates or saves):
+                continue
+            settle(*pending)
+            pending = None
+            with meter.paused():
+                if evaluates and hooks.evaluate:
+                    heldout = hooks.evaluate(state)
+                    metrics.write("heldout", step, **heldout)
+                    history = (*history, {"step": step, "loss": heldout["loss"]})
+                if saves:
+                    hooks.save(state, history)
+    return state, history

@@ -1,0 +1,180 @@
+"""What a run reports: one JSON line per record (the source of truth) and the same scalars for TensorBoard."""
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5pegasus.config import RunConfig
+from t5pegasus.errors import DivergedError
+from t5pegasus.model.flops import training_flops_per_row
+
+logger = logging.getLogger(__name__)
+
+PEAK_FLOPS_PER_DEVICE = {
+    "TPU v3": 61.5e12,  # per core, which is what JAX calls a device here
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 peaks by the beginning of `device_kind`: the denominator of MFU."""
+
+
+def peak_flops(device: jax.Device) -> tuple[float, str]:
+    """Peak FLOP/s of one device and where the figure comes from.
+
+    An accelerator's is its maker's; a CPU has none that holds for all, so the speed of one large float32 matrix
+    product is measured here and shared by the devices that XLA makes of the one CPU.
+    """
+    for kind in sorted(PEAK_FLOPS_PER_DEVICE, key=len, reverse=True):
+        if device.device_kind.startswith(kind):
+            return PEAK_FLOPS_PER_DEVICE[kind], f"bfloat16 peak of {kind}"
+    size = 1024
+    multiply = jax.jit(lambda x: x @ x)
+    x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    multiply(x).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        multiply(x).block_until_ready()
+        seconds.append(time.perf_counter() - began)
+    peak = 2 * size**3 / min(seconds) / jax.local_device_count()
+    return peak, f"measured: float32 product of {size}×{size} matrices"
+
+
+class Meter:
+    """Sums over one logging interval: losses as the mean of its updates, speeds over its wall time."""
+
+    def __init__(self, config: RunConfig):
+        data = config.data
+        per_row = training_flops_per_row(config.model, data.max_source_tokens, data.max_target_tokens)
+        self.batch_size = config.train.batch_size
+        self.flops_per_step = per_row * self.batch_size
+        self.peak = peak_flops(jax.local_devices()[0])[0] * jax.device_count()
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.steps = 0
+        self.waiting_seconds = 0.0
+        self.paused_seconds = 0.0
+        self.began = time.perf_counter()
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time spent inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self.waiting_seconds += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep the time spent inside (evaluation, saving) out of the training speed."""
+        began = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - began
+
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """Take in the numbers of one update, waiting for the device to have them.
+
+        Raises:
+            DivergedError: if the loss or the gradient norm is not finite.
+        """
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
+            raise DivergedError(
+                f"update {step}: loss={numbers['loss']}, grad_norm={numbers['grad_norm']} are not finite; the last "
+                "checkpoint is intact. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data"
+            )
+        self.rows = int(numbers.pop("rows"))
+        for name, number in numbers.items():
+            self.sums[name] = self.sums.get(name, 0.0) + number
+        self.steps += 1
+
+    def report(self) -> dict[str, Any]:
+        """The record of the interval; the next one begins."""
+        seconds = max(1e-9, time.perf_counter() - self.began - self.paused_seconds)
+        tokens = self.sums.pop("source_tokens") + self.sums.pop("target_tokens")
+        record = {
+            "rows": self.rows,
+            **{name: total / self.steps for name, total in self.sums.items()},
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "rows_per_second": self.steps * self.batch_size / seconds,
+            "mfu": self.flops_per_step * self.steps / seconds / self.peak,
+            "data_wait_fraction": self.waiting_seconds / seconds,
+        }
+        self._reset()
+        return record
+
+
+class MetricsWriter:
+    """Appends records to `metrics.jsonl` and their numbers to `tensorboard/` of a run folder.
+
+    Only the first process writes. Records later than `from_step` are dropped on opening: a resumed run makes
+    them again, and each step stands in the file once.
+    """
+
+    def __init__(self, run_path: Path, from_step: int):
+        from tensorboardX import SummaryWriter
+
+        self.path = run_path / "metrics.jsonl"
+        self.writes = jax.process_index() == 0
+        if not self.writes:
+            return
+        kept = [line for line in read_metrics(self.path) if line["step"] <= from_step] if self.path.exists() else []
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
+        temporary.replace(self.path)
+        self.file = self.path.open("a", encoding="utf-8")
+        self.tensorboard = SummaryWriter(str(run_path / "tensorboard"), purge_step=from_step + 1)
+
+    def write(self, kind: str, step: int, **values: Any) -> None:
+        """Write one record {kind, step, …}; its float values also go to TensorBoard as kind/name."""
+        if not self.writes:
+            return
+        self.file.write(_line({"kind": kind, "step": step, **values}))
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, float):
+                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close both files."""
+        if self.writes:
+            self.file.close()
+            self.tensorboard.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a last line cut off by a kill is passed over."""
+    records = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s: dropping an incomplete line, left by an interrupted run", path)
+    return records
+
+
+def _line(record: dict[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False) + "\n"
