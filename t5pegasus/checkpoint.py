@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
-from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.errors import ArtifactError
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,16 @@ class CheckpointInfo:
     """Held-out losses so far: {step, loss}."""
 
     def to_json(self) -> dict[str, Any]:
+        """The content of checkpoint.json."""
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "CheckpointInfo":
-        fields = {key: item for key, item in value.items() if key != "schema"}
+        """The inverse of `to_json`."""
+        fields: dict[str, Any] = {key: item for key, item in value.items() if key != "schema"}
+        fields["config"] = RunConfig.from_json(fields["config"])
         fields |= {key: tuple(fields[key]) for key in ("lineage", "history")}
-        return cls(**fields | {"config": RunConfig.from_json(fields["config"])})
+        return cls(**fields)
 
 
 def save_checkpoint(
@@ -125,7 +128,9 @@ def load_checkpoint_info(path: Path) -> CheckpointInfo:
 
 
 def load_arrays(
-    path: Path, prefixes: tuple[str, ...] = ("",), shardings: Mapping[str, jax.sharding.Sharding] | None = None
+    path: Path,
+    prefixes: tuple[str, ...] = ("",),
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
 ) -> dict[str, Any]:
     """The arrays whose names begin with one of the prefixes; other ones are not read.
 
@@ -202,17 +207,11 @@ def remove_old_checkpoints(run_path: Path, keep: int) -> None:
     for folder in list_checkpoints(run_path)[keep:]:
         doomed = folder.with_name(folder.name + ".superseded")
         folder.rename(doomed)
-    for leftover in (*(run_path / "checkpoints").glob("*.superseded"), *(run_path / "checkpoints").glob("*.unfinished")):
+    for leftover in (
+        *(run_path / "checkpoints").glob("*.superseded"),
+        *(run_path / "checkpoints").glob("*.unfinished"),
+    ):
         shutil.rmtree(leftover)
-
-
-def check_tokenizer(path: Path, info: CheckpointInfo, fingerprint: str) -> None:
-    """Refuse a tokenizer that is not the checkpoint's."""
-    if fingerprint != info.tokenizer_fingerprint:
-        raise UsageError(
-            f"checkpoint {path} was trained with tokenizer {info.tokenizer_fingerprint[:12]}…, got {fingerprint[:12]}…; "
-            f"build the examples with the tokenizer in {path / 'tokenizer'}"
-        )
 
 
 def _describe_files(folder: Path) -> dict[str, Any]:

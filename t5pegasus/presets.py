@@ -15,9 +15,7 @@ def tiny() -> RunConfig:
         ),
         data=DataConfig(max_source_tokens=256, max_target_tokens=96),
         optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50),
-        train=TrainConfig(
-            steps=500, batch_size=8, log_every_steps=10, evaluate_every_steps=100, save_every_steps=100
-        ),
+        train=TrainConfig(steps=500, batch_size=8, log_every_steps=10, evaluate_every_steps=100, save_every_steps=100),
     )
 
 

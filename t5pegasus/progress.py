@@ -39,7 +39,7 @@ class Progress:
     """
 
     def __init__(
-        self, label: str, total: int | None = None, unit: str = "items", *, stream: TextIO | None = None
+        self, label: str, total: int | None = None, unit: str = "items", *, stream: TextIO | None = None, shown: bool = True
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
@@ -50,6 +50,7 @@ class Progress:
         self._interval = _TERMINAL_INTERVAL_SECONDS if self._terminal else _LINE_INTERVAL_SECONDS
         self._start = self._last = time.monotonic()
         self._skipped = 0
+        self._shown = shown
         self._width = 0
 
     def __enter__(self) -> Self:
@@ -70,7 +71,7 @@ class Progress:
         """Count finished work, and report if it is time to."""
         self.done += count
         now = time.monotonic()
-        if now - self._last >= self._interval:
+        if self._shown and now - self._last >= self._interval:
             self._last = now
             self._write(self._describe(now), final=False)
 

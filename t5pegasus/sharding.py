@@ -4,7 +4,8 @@ Mesh axes are (data, fsdp, tensor): `data` replicates parameters, `fsdp` splits 
 `tensor` splits heads, feed-forward units and vocabulary (Shazeer et al. 2018; Xu et al. 2021, GSPMD).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 """Logical axis → mesh axis. `embed` is the parameters' d_model axis, `hidden` the activations'."""
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices of all processes, or over the given ones.
 
     Raises:
@@ -94,11 +95,12 @@ def check_batch_divides(batch_size: int, accumulation_steps: int, mesh: Mesh) ->
         UsageError: naming the batch size and the mesh.
     """
     splits = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (accumulation_steps * splits):
+    unit = accumulation_steps * splits
+    if batch_size % unit:
         raise UsageError(
             f"batch_size={batch_size} is not a multiple of accumulation_steps={accumulation_steps} × "
             f"data×fsdp={splits} (mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}); "
-            f"the nearest that is: {max(1, round(batch_size / (accumulation_steps * splits))) * accumulation_steps * splits}"
+            f"the nearest that is: {max(1, round(batch_size / unit)) * unit}"
         )
 
 
@@ -123,7 +125,10 @@ def place_batch(batch: Batch, batch_rows: np.ndarray, batch_size: int, mesh: Mes
     position[batch_rows] = np.arange(len(batch_rows))
 
     def place(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
-        shape = (batch_size, *array.shape[1:])
-        return jax.make_array_from_callback(shape, sharding, lambda index: array[position[index[0]]][(slice(None), *index[1:])])
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            rows, *rest = index or (slice(None),)
+            return array[position[rows]][(slice(None), *rest)]
+
+        return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
     return Batch(*(place(array, sharding) for array, sharding in zip(batch, batch_shardings(mesh))))

@@ -1,0 +1,1 @@
+"""The encoder-decoder: layers, attention, T5 and its FLOPs."""

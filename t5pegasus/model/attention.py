@@ -42,7 +42,12 @@ def relative_position_bucket(
 
 
 def relative_bias(
-    table: jax.Array, query_positions: jax.Array, key_positions: jax.Array, config: ModelConfig, *, bidirectional: bool
+    table: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    config: ModelConfig,
+    *,
+    bidirectional: bool,
 ) -> jax.Array:
     """The bias of every head for every pair of positions, computed once per stack.
 
@@ -73,7 +78,12 @@ class Attention(nnx.Module):
     """Multi-head attention of one kind (`encoder.self`, `decoder.self`, `decoder.cross`) for a stack of layers."""
 
     def __init__(self, config: ModelConfig, kind: str):
-        layers, heads, qk, vo = f"{kind.partition('.')[0]}.layers", f"{kind}.heads", f"{kind}.qk", f"{kind}.vo"
+        layers, heads, qk, vo = (
+            f"{kind.partition('.')[0]}.layers",
+            f"{kind}.heads",
+            f"{kind}.qk",
+            f"{kind}.vo",
+        )
         self.place = kind.partition(".")[2]
         self.query = declare(config, layers, "embed", heads, qk, contracted=("embed", qk))
         self.key = declare(config, layers, "embed", heads, qk, contracted=("embed",))

@@ -8,11 +8,16 @@ from t5pegasus.axes import ParamSpec, axis_size
 from t5pegasus.config import ModelConfig
 
 # Single letters in einsum strings, here and in the other model files:
-# b batch · t target (query) position · s source (key) position · d embed · h heads · k qk or vo · f mlp · v vocab · r bucket
+# b batch · t target (query) position · s source (key) position · d embed · h heads · k qk or vo · f mlp · v vocab
+# · r bucket
 
 
 def declare(
-    config: ModelConfig, *axes: str, contracted: tuple[str, ...] = (), gain: bool = False, std: float | None = None
+    config: ModelConfig,
+    *axes: str,
+    contracted: tuple[str, ...] = (),
+    gain: bool = False,
+    std: float | None = None,
 ) -> nnx.Param:
     """A parameter with the full name of each axis; everything else about it follows from this line.
 
@@ -23,7 +28,7 @@ def declare(
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32 at least (Zhang & Sennrich 2019); no mean, no bias."""
+    """Root-mean-square norm over the last axis, in float32 at least (Zhang & Sennrich 2019); no mean, no bias."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
     return (wide * jax.lax.rsqrt(mean_square + epsilon) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
@@ -53,7 +58,16 @@ class Dropout:
         row_keys: one PRNG key per row of the batch, [batch].
     """
 
-    PLACES = ("embedding", "self_weights", "self_output", "cross_weights", "cross_output", "mlp", "mlp_output", "final")
+    PLACES = (
+        "embedding",
+        "self_weights",
+        "self_output",
+        "cross_weights",
+        "cross_output",
+        "mlp",
+        "mlp_output",
+        "final",
+    )
 
     def __init__(self, rate: float, row_keys: jax.Array | None):
         self.rate = rate

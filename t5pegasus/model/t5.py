@@ -45,7 +45,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = GatedMlp(config, "encoder")
 
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array, dropout: Dropout) -> jax.Array:
-        """x [b, s, embed], mask bool [b, s, s], bias [1, heads, s, s] → [b, s, embed]."""
+        """X [b, s, embed], mask bool [b, s, s], bias [1, heads, s, s] → [b, s, embed]."""
         normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
         keys, values = self.self_attention.project_keys_values(normed)
         x += dropout(self.self_attention.attend(normed, keys, values, mask, bias, dropout), "self_output")
@@ -75,7 +75,7 @@ class DecoderLayer(nnx.Module):
         cross_mask: jax.Array,
         dropout: Dropout,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """x [b, t, embed] → the same, and the self-attention keys and values that were attended to.
+        """X [b, t, embed] → the same, and the self-attention keys and values that were attended to.
 
         `self_keys_values` turns the keys and values of x into those to attend to: the identity in training, an
         update of the cache in decoding. Masks are bool [b, t, s].
@@ -134,7 +134,11 @@ class T5(nnx.Module):
         dropout = off if dropout_seed is None else Dropout.of_rows(rate, dropout_seed, batch.row_ids)
         encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, dropout.fold(0))
         return self.decode(
-            batch.decoder_input_tokens, batch.decoder_segment_ids, encoded, batch.encoder_segment_ids, dropout.fold(1)
+            batch.decoder_input_tokens,
+            batch.decoder_segment_ids,
+            encoded,
+            batch.encoder_segment_ids,
+            dropout.fold(1),
         )
 
     def encode(self, tokens: jax.Array, segment_ids: jax.Array, dropout: Dropout | None = None) -> jax.Array:
@@ -185,7 +189,9 @@ class T5(nnx.Module):
         empty = jnp.zeros((layers, batch, max_tokens, heads, d_kv), encoded.dtype)
         return DecoderCache(empty, empty, cross_keys, cross_values, encoder_segment_ids > 0)
 
-    def decode_step(self, cache: DecoderCache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, DecoderCache]:
+    def decode_step(
+        self, cache: DecoderCache, tokens: jax.Array, position: jax.Array
+    ) -> tuple[jax.Array, DecoderCache]:
         """One token per row at one position: int32 [b] → float32 logits [b, vocab] and the cache with it."""
         x = self._embed(tokens[:, None], Dropout(0.0, None))
         key_positions = jnp.arange(cache.self_keys.shape[2])
@@ -277,5 +283,7 @@ def bind(config: ModelConfig, parameters: Mapping[str, Any], compute_dtype: Any 
     if parameters.keys() != variables.keys():
         different = sorted(parameters.keys() ^ variables.keys())
         raise ValueError(f"parameters do not fit the config; missing or surplus: {', '.join(different[:8])}")
-    state = nnx.from_flat_state({path: variable.replace(parameters[name]) for name, (path, variable) in variables.items()})
+    state = nnx.from_flat_state(
+        {path: variable.replace(parameters[name]) for name, (path, variable) in variables.items()}
+    )
     return nnx.merge(graph, state)

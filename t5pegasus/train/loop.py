@@ -1,6 +1,5 @@
 """The one training loop: pretraining, continuing after growth and fine-tuning are runs of it."""
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -31,7 +31,7 @@ PEAK_FLOPS_PER_DEVICE = {
 """Dense bfloat16 peaks by the beginning of `device_kind`: the denominator of MFU."""
 
 
-def peak_flops(device: jax.Device) -> tuple[float, str]:
+def peak_flops(device: Any) -> tuple[float, str]:
     """Peak FLOP/s of one device and where the figure comes from.
 
     An accelerator's is its maker's; a CPU has none that holds for all, so the speed of one large float32 matrix
@@ -95,7 +95,7 @@ class Meter:
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["grad_norm"])):
             raise DivergedError(
                 f"update {step}: loss={numbers['loss']}, grad_norm={numbers['grad_norm']} are not finite; the last "
-                "checkpoint is intact. Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or look at the data"
+                "checkpoint is intact. Lower optimizer.learning_rate, lengthen warmup_steps, or look at the data"
             )
         self.rows = int(numbers.pop("rows"))
         for name, number in numbers.items():

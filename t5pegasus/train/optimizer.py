@@ -114,5 +114,3 @@ def apply_adamw(
         new_parameters[name] = theta - learning_rate * (s * direction + decay)
         new_first[name], new_second[name] = m, v
     return new_parameters, new_first, new_second
-
-

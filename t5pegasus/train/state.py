@@ -74,7 +74,10 @@ def state_to_arrays(state: TrainState) -> dict[str, Any]:
     for group in ("parameters", "first_moment", "second_moment"):
         arrays |= {f"{group}.{name}": leaf for name, leaf in getattr(state, group).items()}
     for axis, multiplier in state.multipliers.items():
-        arrays |= {f"multipliers.{axis}.written": multiplier.written, f"multipliers.{axis}.read": multiplier.read}
+        arrays |= {
+            f"multipliers.{axis}.written": multiplier.written,
+            f"multipliers.{axis}.read": multiplier.read,
+        }
     return arrays
 
 

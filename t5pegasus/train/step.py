@@ -39,7 +39,12 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batc
     shardings = state_shardings(specs, mesh)
     return _under(
         mesh,
-        jax.jit(update, in_shardings=(shardings, batch_shardings(mesh)), out_shardings=(shardings, None), donate_argnums=0),
+        jax.jit(
+            update,
+            in_shardings=(shardings, batch_shardings(mesh)),
+            out_shardings=(shardings, None),
+            donate_argnums=0,
+        ),
     )
 
 

@@ -1,0 +1,113 @@
+"""`t5pegasus pretrain`: train a model on examples, continue a stopped run, or go on from a grown checkpoint."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import tyro
+
+from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from t5pegasus.errors import UsageError
+from t5pegasus.presets import PRESETS, preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train a model on examples. The same command again continues where the run stopped, or finds it finished.
+
+    For example: t5pegasus pretrain tiny --examples-path examples --run-path runs/tiny --train.steps 200
+
+    The first argument is a preset (tiny, small, base, large, xl) and any field of it can be set by its flag.
+    Vocabulary size and special ids are the tokenizer's. To go on from a grown checkpoint leave the preset out:
+    t5pegasus pretrain --start-from grown --examples-path examples --run-path runs/grown --train.steps 400
+    """
+
+    examples_path: Path
+    """Folder written by `t5pegasus build`."""
+    run_path: Path
+    """Folder of this run: config, metrics, checkpoints, report."""
+    heldout_path: Path | None = None
+    """Examples for the held-out loss; EXAMPLES_PATH/heldout if it exists."""
+    start_from: Path | None = None
+    """Checkpoint or run whose parameters, optimizer and data position to continue."""
+    reset_rows: bool = False
+    """With --start-from and other examples: begin at their first row."""
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+
+
+def main(argv: list[str]) -> None:
+    """Parse, train, print where the result lies."""
+    args = tyro.cli(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
+    from launch.processes import init_distributed
+
+    init_distributed()
+    from t5pegasus.data.shards import ExampleShards
+    from t5pegasus.train.run import RunPaths, fit_to_examples, train_run
+
+    with ExampleShards(args.examples_path) as shards:
+        manifest = shards.manifest
+    config = RunConfig(args.model, args.data, args.optimizer, args.mesh, args.train)
+    if args.start_from is None:
+        config = fit_to_examples(config, manifest)
+    paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
+    checkpoint = train_run(config, paths, reset_rows=args.reset_rows)
+    report_result(checkpoint, args.run_path, f"t5pegasus grow {args.run_path} --to d_model=… --output-path grown")
+
+
+def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
+    """Print the checkpoint, its held-out losses and what to do next, once per job."""
+    import jax
+
+    from t5pegasus.checkpoint import load_checkpoint_info
+
+    if jax.process_index() != 0:
+        return
+    history = load_checkpoint_info(checkpoint).history
+    if history:
+        losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in history[-3:])
+        print(f"held-out loss: {losses}")
+    print(f"checkpoint: {checkpoint}")
+    print(f"next: {next_command}   or: t5pegasus report {run_path}")
+
+
+def _defaults(argv: list[str]) -> dict:
+    """What tyro starts from: a preset, the config of the run to continue, or that of the checkpoint to start from."""
+    if any(flag in argv for flag in ("-h", "--help")):
+        return {"args": ["--help"]}
+    name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--run-path", "--start-from"):
+        early.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=Path)
+    known, _ = early.parse_known_args(rest)
+    config, paths = _choose_config(name, known.run_path, known.start_from)
+    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    missing = dict.fromkeys(("examples_path", "run_path"), tyro.MISSING)
+    return {"args": rest, "default": Pretrain(**{**missing, **paths, **fields})}
+
+
+def _choose_config(
+    name: str | None, run_path: Path | None, start_from: Path | None
+) -> tuple[RunConfig, dict[str, Path]]:
+    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
+    from t5pegasus.train.run import load_run_record
+
+    record = load_run_record(run_path) if run_path is not None else None
+    if name is None and record is not None:
+        config, paths = record
+        return config, {field: Path(value) for field, value in paths.items() if value is not None}
+    if start_from is not None:
+        source = load_checkpoint_info(find_checkpoint(start_from)).config
+        if name is None:
+            return source, {}
+        wanted = preset(name)
+        return dataclasses.replace(wanted, model=source.model), {}
+    if name is None:
+        raise UsageError(
+            f"no preset given; begin with one of {', '.join(PRESETS)} (t5pegasus pretrain tiny …), "
+            "or give --start-from CHECKPOINT"
+        )
+    return preset(name), {}

@@ -1,0 +1,219 @@
+"""One run folder: where its weights and its config come from, and the loop with its data, losses and checkpoints."""
+
+import contextlib
+import dataclasses
+import logging
+import shutil
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from t5pegasus.batch import Batch
+from t5pegasus.checkpoint import (
+    CheckpointInfo,
+    find_checkpoint,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
+from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
+from t5pegasus.errors import UsageError
+from t5pegasus.model.t5 import count_parameters
+from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
+from t5pegasus.train.loop import History, Hooks, run
+from t5pegasus.train.metrics import MetricsWriter, peak_flops
+from t5pegasus.train.origin import find_origin
+from t5pegasus.train.state import TrainState, state_to_arrays
+from t5pegasus.train.step import make_heldout_loss, make_train_step, resolve_compute_dtype
+
+logger = logging.getLogger(__name__)
+
+FREE_ON_RESUME = {
+    "mesh": ("data", "fsdp", "tensor"),
+    "train": (
+        "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
+        "keep_checkpoints",
+    ),
+}  # fmt: skip
+"""What may change when a run continues: the data position counts rows, so batch size is among them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPaths:
+    """The artifacts a run reads and the folder it writes."""
+
+    run_path: Path
+    examples_path: Path
+    heldout_path: Path | None = None
+    """Examples for the held-out loss; None looks for `examples_path/heldout`."""
+    start_from: Path | None = None
+    """A checkpoint (trained, grown or converted), or a run folder whose last good one is meant."""
+
+    def to_json(self) -> dict[str, str | None]:
+        """Paths as text, for config.json and the metrics."""
+        return {field: None if value is None else str(value) for field, value in dataclasses.asdict(self).items()}
+
+
+def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, reset_rows: bool = False) -> Path:
+    """Train in a run folder until `config.train.steps`; called again, it continues, or finds it finished.
+
+    Args:
+        config: the whole config; its model's vocabulary and token ids must be the tokenizer's (`fit_to_examples`).
+        paths: what to read and where to write.
+        keep_state: with `start_from`, continue its optimizer, step and data position (pretraining after growth);
+            False takes its parameters only (fine-tuning).
+        reset_rows: with `start_from` and other examples than it was trained on, begin at their first row.
+
+    Returns:
+        The folder of the last checkpoint.
+
+    Raises:
+        UsageError: if the config contradicts the run folder, the checkpoint, the examples or the devices.
+        ArtifactError: if one of the artifacts is missing or damaged.
+        DivergedError: if the loss stops being finite.
+    """
+    mesh = make_mesh(config.mesh)
+    compute_dtype = str(resolve_compute_dtype(config))
+    _settle_run_folder(config, paths)
+    with contextlib.ExitStack() as stack:
+        rows = stack.enter_context(_open_rows(paths.examples_path, config))
+        shards = rows.shards
+        _check_tokenizer(config, shards.manifest, paths.examples_path)
+        origin = find_origin(
+            config,
+            paths.run_path,
+            paths.start_from,
+            mesh,
+            shards.manifest,
+            keep_state=keep_state,
+            reset_rows=reset_rows,
+        )
+        step = int(origin.state.step)
+        if step >= config.train.steps:
+            logger.info("already at step %d of %d", step, config.train.steps)
+            return find_checkpoint(paths.run_path)
+        heldout = _heldout_path(paths)
+        heldout_rows = None if heldout is None else stack.enter_context(_open_rows(heldout, config))
+
+        def save(state: TrainState, history: History) -> Path:
+            path = paths.run_path / "checkpoints" / str(int(state.step))
+            info = CheckpointInfo(
+                config=config,
+                step=int(state.step),
+                rows=int(state.rows),
+                compute_dtype=compute_dtype,
+                tokenizer_fingerprint=shards.manifest["tokenizer_fingerprint"],
+                examples_fingerprint=shards.fingerprint,
+                lineage=origin.lineage,
+                history=history,
+            )
+            save_checkpoint(path, state_to_arrays(state), info, paths.run_path / "tokenizer")
+            remove_old_checkpoints(paths.run_path, config.train.keep_checkpoints)
+            return path
+
+        batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, int(origin.state.rows))))
+        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step))
+        peak, peak_source = peak_flops(jax.local_devices()[0])
+        metrics.write(
+            "start", step, config=config.to_json(), num_parameters=count_parameters(config.model),
+            mesh=dict(mesh.shape), num_devices=jax.device_count(), device=jax.devices()[0].device_kind,
+            peak_flops_per_device=peak, peak_source=peak_source, compute_dtype=compute_dtype, **paths.to_json(),
+        )  # fmt: skip
+        evaluate = None if heldout_rows is None else _make_evaluate(heldout_rows, config, mesh)
+        history = origin.history
+        if evaluate is not None and not any(entry["step"] == step for entry in history):
+            first = evaluate(origin.state)
+            metrics.write("heldout", step, **first)
+            history = (*history, {"step": step, "loss": first["loss"]})
+        run(origin.state, make_train_step(config, mesh), batches, config, Hooks(evaluate, save), metrics, history)
+    return find_checkpoint(paths.run_path)
+
+
+def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
+    """The config with the vocabulary size and the special ids of the examples' tokenizer."""
+    model = dataclasses.replace(
+        config.model,
+        vocab_size=manifest["vocab_size"],
+        pad_token_id=manifest["pad_id"],
+        decoder_start_token_id=manifest["start_id"],
+        eos_token_id=manifest["end_id"],
+    )
+    return dataclasses.replace(config, model=model)
+
+
+def load_run_record(run_path: Path) -> tuple[RunConfig, dict[str, str | None]] | None:
+    """Config and paths of an existing run folder, None if there is none."""
+    record_path = run_path / "config.json"
+    if not record_path.exists():
+        return None
+    record = read_json(record_path)
+    check_schema(record, record_path)
+    paths = {name: record[name] for name in ("examples_path", "heldout_path", "start_from")}
+    return RunConfig.from_json(record["config"]), paths
+
+
+def _settle_run_folder(config: RunConfig, paths: RunPaths) -> None:
+    """Create the run folder, or check that the existing one is of the same run."""
+    existing = load_run_record(paths.run_path)
+    if existing is not None:
+        _check_resumable(existing[0], config, paths.run_path)
+    if jax.process_index() == 0:
+        paths.run_path.mkdir(parents=True, exist_ok=True)
+        if not (paths.run_path / "tokenizer").exists():
+            unfinished = paths.run_path / "tokenizer.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(paths.examples_path / "tokenizer", unfinished)
+            unfinished.rename(paths.run_path / "tokenizer")
+        write_json(paths.run_path / "config.json", {"schema": SCHEMA, "config": config.to_json(), **paths.to_json()})
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("run folder settled")
+
+
+def _check_resumable(before: RunConfig, now: RunConfig, run_path: Path) -> None:
+    old, new = before.to_json(), now.to_json()
+    for group, fields in new.items():
+        for field, value in fields.items():
+            if field not in FREE_ON_RESUME.get(group, ()) and old[group][field] != value:
+                raise UsageError(
+                    f"{run_path} was begun with {group}.{field}={old[group][field]!r}, got {value!r}; "
+                    "leave the flag out to continue it, or choose another --run-path"
+                )
+
+
+def _check_tokenizer(config: RunConfig, manifest: dict[str, Any], examples_path: Path) -> None:
+    wanted = fit_to_examples(config, manifest).model
+    for field in ("vocab_size", "pad_token_id", "decoder_start_token_id", "eos_token_id"):
+        if getattr(config.model, field) != getattr(wanted, field):
+            raise UsageError(
+                f"model.{field}={getattr(config.model, field)} differs from {getattr(wanted, field)} of the tokenizer "
+                f"in {examples_path}; the model must have the tokenizer's vocabulary"
+            )
+
+
+def _heldout_path(paths: RunPaths) -> Path | None:
+    if paths.heldout_path is not None:
+        return paths.heldout_path
+    beside = paths.examples_path / "heldout"
+    return beside if (beside / "manifest.json").exists() else None
+
+
+def _make_evaluate(rows: PackedRows, config: RunConfig, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:
+    heldout_loss = make_heldout_loss(config, mesh)
+    batch_size = config.train.batch_size // config.train.accumulation_steps
+    return lambda state: heldout_loss(state.parameters, load_epoch(rows, batch_size))
+
+
+def _open_rows(examples_path: Path, config: RunConfig) -> PackedRows:
+    return PackedRows(examples_path, config.data, config.model.pad_token_id, config.model.decoder_start_token_id)
+
+
+def _device_batches(rows: PackedRows, config: RunConfig, mesh: Mesh, start_row: int) -> Generator[Batch]:
+    batch_size = config.train.batch_size
+    mine = local_batch_rows(batch_size, mesh)
+    with contextlib.closing(load_batches(rows, batch_size, start_row, batch_rows=mine)) as batches:
+        for batch in batches:
+            yield place_batch(batch, mine, batch_size, mesh)
