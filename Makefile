@@ -1,0 +1,68 @@
+# t5pegasus: `make quickstart` shows the whole flow, `make test` checks it. Everything is installed into .venv here.
+#
+# A target done before is not done again; an interrupted one continues. VENV=path puts the environment elsewhere,
+# PYTHON=path chooses the interpreter, ARGS passes flags on: make test ARGS=tests/text.
+
+VENV ?= .venv
+.DEFAULT_GOAL := help
+
+SUITABLE := 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))'
+
+# The first of these that runs (a pyenv shim may exist and not run), is new enough and can create environments.
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c $(SUITABLE) >/dev/null 2>&1 && echo $$python && break; done)
+
+# These stand for what is done; a changed pyproject.toml makes the installations out of date.
+CREATED := $(VENV)/.created
+INSTALLED := $(VENV)/.installed
+INSTALLED_DEV := $(VENV)/.installed-dev
+
+.PHONY: help install quickstart test test-all lint types contracts
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## the t5pegasus command, in .venv/bin
+	@echo "installed: $(VENV)/bin/t5pegasus"
+
+quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a CPU, asks nothing
+	$(VENV)/bin/t5pegasus quickstart $(ARGS)
+
+test: $(INSTALLED_DEV)  ## the tests, without the slow ones
+	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED_DEV)  ## all tests
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(INSTALLED_DEV)  ## style
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(INSTALLED_DEV)  ## type annotations
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+contracts: $(INSTALLED_DEV)  ## which package may import which
+	$(VENV)/bin/lint-imports
+
+# An environment that works is taken as it is; creating it again over a half-created one repairs it.
+$(CREATED):
+	@if $(VENV)/bin/python -c $(SUITABLE) 2>/dev/null && $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+		touch $@; exit 0; \
+	fi; \
+	python="$(PYTHON)"; \
+	if [ -z "$$python" ]; then \
+		echo "t5pegasus needs Python 3.11 or newer with its venv module: install one, for example with" \
+			"'sudo apt install python3.11 python3.11-venv' or 'pyenv install 3.12', and if it is not on the PATH" \
+			"name it with 'make PYTHON=/path/to/python3.12'" >&2; \
+		exit 2; \
+	fi; \
+	echo "creating $(VENV) with $$($$python --version)"; \
+	$$python -m venv "$(VENV)" && touch $@
+
+$(INSTALLED): pyproject.toml | $(CREATED)
+	$(VENV)/bin/python -m pip install --editable .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(CREATED)
+	$(VENV)/bin/python -m pip install --editable '.[dev]'
+	@touch $@ $(INSTALLED)

@@ -1,0 +1,1 @@
+"""The `t5pegasus` command and the ways to run it."""

@@ -1,0 +1,193 @@
+"""Several JAX processes on this machine over one mesh of CPU devices, with Gloo between them.
+
+The same code path as a pod: each process has its own share of the batch, of the parameters and of a
+checkpoint.
+"""
+
+import contextlib
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import IO, NamedTuple
+
+from t5pegasus.errors import UsageError
+
+CHECKPOINTED = 42
+"""The exit code of a run that saved itself to be continued later."""
+
+_ABORTED = 128 + signal.SIGABRT
+
+
+class Ending(NamedTuple):
+    """How one process ended."""
+
+    process_id: int
+    code: int
+    """The exit code; 128 + number for a process that a signal ended, as shells write it."""
+
+
+def run_locally(argv: Sequence[str], num_processes: int, devices_per_process: int = 1) -> int:
+    """Run `argv` as `num_processes` JAX processes and return the exit code of the job.
+
+    Process 0 writes to our stdout; everything on stderr comes line by line behind `[p0]`, `[p1]`, … SIGINT
+    and SIGTERM are passed on to all processes; a second one kills them. When a process fails, its peers,
+    which would wait for it, are killed, and the code of the one that failed first is the code of the job.
+
+    Raises:
+        UsageError: a count is below 1.
+    """
+    for name, count in (("processes", num_processes), ("devices-per-process", devices_per_process)):
+        if count < 1:
+            raise UsageError(f"{name}={count} must be at least 1")
+    address = f"127.0.0.1:{_find_free_port()}"
+    processes: list[subprocess.Popen[bytes]] = []
+    with _signals_passed_to(processes):
+        try:
+            for process_id in range(num_processes):
+                environment = _make_environment(address, num_processes, process_id, devices_per_process)
+                processes.append(
+                    subprocess.Popen(
+                        argv,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.PIPE,
+                        stderr=subprocess.PIPE,
+                        start_new_session=True,  # so that Ctrl-C reaches it once, through us
+                    )
+                )
+            return _watch(processes)
+        finally:
+            for process in processes:
+                _kill(process)
+
+
+def _make_environment(address: str, num_processes: int, process_id: int, num_devices: int) -> dict[str, str]:
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(num_devices),
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_COORDINATOR_BIND_ADDRESS": address,  # JAX would listen on every network interface
+        "JAX_NUM_PROCESSES": str(num_processes),
+        "JAX_PROCESS_ID": str(process_id),
+    }
+
+
+def _find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _watch(processes: list[subprocess.Popen[bytes]]) -> int:
+    """Pass on all output until every process has ended; kill the rest soon after the first failure."""
+    whole_lines = threading.Lock()
+    readers = []
+    for process_id, process in enumerate(processes):
+        assert process.stdout is not None
+        assert process.stderr is not None
+        prefix = f"[p{process_id}] ".encode()
+        results = (sys.stdout.buffer, b"") if process_id == 0 else (sys.stderr.buffer, prefix)
+        for source, (sink, mark) in (
+            (process.stdout, results),
+            (process.stderr, (sys.stderr.buffer, prefix)),
+        ):
+            reader = threading.Thread(target=_copy_lines, args=(source, sink, mark, whole_lines), daemon=True)
+            reader.start()
+            readers.append(reader)
+
+    ended: queue.SimpleQueue[Ending] = queue.SimpleQueue()
+    for process_id, process in enumerate(processes):
+        threading.Thread(target=_report_ending, args=(process_id, process, ended), daemon=True).start()
+    endings = _collect_endings(ended, len(processes))
+    for process in processes:
+        _kill(process)
+    for reader in readers:
+        reader.join(timeout=5.0)
+    return _blame(endings, len(processes))
+
+
+def _collect_endings(ended: "queue.SimpleQueue[Ending]", num_processes: int) -> list[Ending]:
+    """The endings in their order: all of them, or those up to shortly after the first failure."""
+    endings: list[Ending] = []
+    grace_seconds = None
+    with contextlib.suppress(queue.Empty):
+        while len(endings) < num_processes:
+            endings.append(ended.get(timeout=grace_seconds))
+            if endings[-1].code == CHECKPOINTED:
+                grace_seconds = 30.0  # the checkpoint is whole, but peers may have files to close
+            elif endings[-1].code != 0:
+                grace_seconds = 1.0  # peers that fail for the same reason may still say so
+    return endings
+
+
+def _blame(endings: Sequence[Ending], num_processes: int) -> int:
+    """The exit code of the process that failed first.
+
+    JAX aborts the peers of a process that has died, sometimes before its death is noticed here: an abort
+    counts only when nothing else happened.
+    """
+    failures = [ending for ending in endings if ending.code != 0]
+    if not failures:
+        return 0
+    first = next((ending for ending in failures if ending.code != _ABORTED), failures[0])
+    if num_processes > 1:
+        print(
+            f"process {first.process_id} of {num_processes} ended with exit code {first.code}",
+            file=sys.stderr,
+        )
+    return first.code
+
+
+def _report_ending(
+    process_id: int, process: subprocess.Popen[bytes], ended: "queue.SimpleQueue[Ending]"
+) -> None:
+    code = process.wait()
+    with contextlib.suppress(ProcessLookupError):  # what it has started and left behind
+        os.killpg(process.pid, signal.SIGKILL)
+    ended.put(Ending(process_id, code if code >= 0 else 128 - code))
+
+
+def _copy_lines(source: IO[bytes], sink: IO[bytes], mark: bytes, whole_lines: threading.Lock) -> None:
+    for line in source:
+        ending = b"" if line.endswith(b"\n") or not mark else b"\n"
+        with (
+            whole_lines,
+            contextlib.suppress(BrokenPipeError),
+        ):  # our reader left: keep the processes from blocking
+            sink.write(mark + line + ending)
+            sink.flush()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process that still runs, and whatever it has started."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _signals_passed_to(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on; each process then decides how to stop. The second one kills."""
+    times_asked = 0
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal times_asked
+        times_asked += 1
+        for process in processes:
+            if times_asked > 1:
+                _kill(process)
+            elif process.poll() is None:
+                process.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,154 @@
+"""The `t5pegasus` command: a table of verbs in the order of the flow, each imported when it is chosen."""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from typing import NamedTuple, NoReturn
+
+from launch.processes import is_one_of_several
+from t5pegasus import __doc__ as PROJECT_IN_ONE_SENTENCE
+from t5pegasus import __version__
+from t5pegasus.errors import T5PegasusError, UsageError
+
+EXIT_BUG = 1
+EXIT_DISK = 46
+EXIT_INTERRUPTED = 128 + 2
+EXIT_BROKEN_PIPE = 128 + 13
+
+
+class Verb(NamedTuple):
+    """One stage of the flow as a command."""
+
+    summary: str
+    parallel: bool = False
+    """Whether several processes can run it together, over one mesh."""
+
+    @staticmethod
+    def module(name: str) -> str:
+        """The module whose `main(argv)` runs the verb `name`."""
+        return f"launch.verbs.{name.replace('-', '_')}"
+
+
+VERBS = {
+    "tokenizer": Verb("train a tokenizer on documents; encode and decode text with it"),
+    "build": Verb("clean and deduplicate documents and turn them into training examples"),
+    "pseudo-summary": Verb("show the sentences that become the target of each document"),
+    "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True),
+    "grow": Verb("turn a checkpoint into a larger one that computes the same"),
+    "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True),
+    "summarize": Verb("write summaries of documents"),
+    "evaluate": Verb("held-out loss, and ROUGE of the summaries against references"),
+    "convert": Verb("exchange checkpoints with other formats"),
+    "report": Verb("one self-contained HTML page about a run"),
+    "quickstart": Verb("the whole flow on the embedded sample, in minutes on a CPU"),
+    "launch": Verb("run a verb as several processes here, or on Cloud TPU VMs"),
+}
+"""Every verb, in the order in which a user meets them."""
+
+
+def find_verb(name: str) -> Verb:
+    """The verb called `name`.
+
+    Raises:
+        UsageError: no verb has this name; the nearest one is named.
+    """
+    if name in VERBS:
+        return VERBS[name]
+    near = difflib.get_close_matches(name, VERBS, n=1)
+    way_out = f"perhaps you meant {near[0]!r}" if near else "`t5pegasus --help` lists them"
+    raise UsageError(f"unknown verb {name!r}; {way_out}")
+
+
+def format_help() -> str:
+    """The text of `t5pegasus --help`."""
+    width = max(map(len, VERBS))
+    flow = "\n".join(f"  {name:<{width}}  {verb.summary}" for name, verb in VERBS.items())
+    return (
+        f"{PROJECT_IN_ONE_SENTENCE}\n\n"
+        "usage: t5pegasus VERB [arguments]     t5pegasus VERB --help     t5pegasus --version\n\n"
+        f"The verbs, in the order of the flow:\n{flow}\n\n"
+        "Start with `t5pegasus quickstart`.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one verb and return the exit code of the process.
+
+    0 complete, 1 bug (with its traceback), 2 usage or bad input, 42 checkpointed and to be requeued, 44 bad
+    data, 45 diverged, 46 disk or I/O, 130 interrupted. In a job of several processes a failing one ends at
+    once, without the clean-up in which JAX would wait for peers that are themselves waiting for it.
+    """
+    code = _run(sys.argv[1:] if argv is None else argv)
+    if code != 0 and is_one_of_several():
+        _leave_at_once(code)
+    return code
+
+
+def _run(argv: list[str]) -> int:
+    """Run `argv` and report whatever goes wrong as text on stderr and an exit code."""
+    speaker = f"t5pegasus {argv[0]}" if argv and argv[0] in VERBS else "t5pegasus"
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()  # while a full disk, or a reader that has gone, can still be reported
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        return _report(error, speaker)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    match argv:
+        case []:
+            print(format_help(), end="", file=sys.stderr)
+            return UsageError.exit_code
+        case ["--help" | "-h", *_]:
+            print(format_help(), end="")
+            return 0
+        case ["--version", *_]:
+            print(f"t5pegasus {__version__}")
+            return 0
+    name, *arguments = argv
+    find_verb(name)
+    return importlib.import_module(Verb.module(name)).main(arguments) or 0
+
+
+def _report(error: BaseException, speaker: str) -> int:
+    match error:
+        case SystemExit():  # argument parsers end this way, after they have printed their own message
+            message = error.code if isinstance(error.code, str) else None
+            code = EXIT_BUG if message else int(error.code or 0)
+        case T5PegasusError():
+            message, code = f"{speaker}: {error}", error.exit_code
+        case KeyboardInterrupt():
+            message, code = f"{speaker}: interrupted", EXIT_INTERRUPTED
+        case BrokenPipeError():
+            # The reader (`head`) has seen enough; Python would complain when it flushes stdout once more at
+            # exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            message, code = None, EXIT_BROKEN_PIPE
+        case OSError():
+            message, code = f"{speaker}: {_describe(error)}", EXIT_DISK
+        case _:
+            message, code = "".join(traceback.format_exception(error)).rstrip(), EXIT_BUG
+    if message:
+        print(message, file=sys.stderr)
+    return code
+
+
+def _describe(error: OSError) -> str:
+    paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{' -> '.join(paths)}: {reason}" if paths else reason
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,88 @@
+"""Making a process ready for JAX: logs, compiled programs kept between runs, the other processes of the job."""
+
+import dataclasses
+import hashlib
+import logging
+import os
+import platform
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from launch.process_group import find_process_group, is_tpu_vm
+
+_is_one_of_several = False
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others, so that they would wait for it."""
+    return _is_one_of_several
+
+
+def init_distributed() -> None:
+    """Make this process ready to use JAX: call it first in every verb that does.
+
+    Sends log messages to stderr, keeps compiled programs between runs, and joins the other processes if the
+    environment says there are any. In a job of several processes results come once: process 0 keeps stdout,
+    what the others print goes to stderr, and so does what the C++ libraries print themselves.
+
+    Raises:
+        UsageError: the environment describes a job of several processes incompletely.
+    """
+    global _is_one_of_several  # noqa: PLW0603 - a process joins once, like the JAX state this mirrors
+    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
+    group = find_process_group(os.environ)
+    if group is None and not is_tpu_vm(os.environ):
+        _keep_compiled_programs()
+        return
+    if _is_one_of_several:
+        return
+    _is_one_of_several = True
+    results = _send_stdout_to_stderr()
+    _keep_compiled_programs()
+
+    import jax
+
+    if group is not None:
+        jax.distributed.initialize(**dataclasses.asdict(group), cluster_detection_method="deactivate")
+        process_id = group.process_id
+    else:
+        jax.distributed.initialize()
+        process_id = jax.process_index()
+    if process_id == 0:
+        sys.stdout = open(results, "w", encoding="utf-8", buffering=1)  # noqa: SIM115, PTH123 - lives as long as we
+    else:
+        os.close(results)
+
+
+def compilation_cache_path(environment: Mapping[str, str]) -> Path:
+    """Where compiled programs are kept: the user's cache folder, one place per kind of CPU.
+
+    JAX's key for a compiled CPU program does not name the CPU, so that a home folder shared by different
+    machines could hand one of them instructions it does not have.
+    """
+    root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "t5pegasus" / "compiled" / f"{platform.machine()}-{_cpu_features_digest()}"
+
+
+def _keep_compiled_programs() -> None:
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+        jax.config.update("jax_compilation_cache_dir", str(compilation_cache_path(os.environ)))
+
+
+def _cpu_features_digest() -> str:
+    cpu_information = Path("/proc/cpuinfo")
+    text = cpu_information.read_text(encoding="utf-8") if cpu_information.exists() else platform.processor()
+    features = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return hashlib.sha256((features[1] if features else text).encode()).hexdigest()[:8]
+
+
+def _send_stdout_to_stderr() -> int:
+    """Lead file descriptor 1, which C++ libraries such as Gloo write to, to stderr; return the real one."""
+    sys.stdout.flush()
+    results = os.dup(1)
+    os.dup2(2, 1)
+    return results

@@ -1,0 +1,98 @@
+"""`t5pegasus launch`: run a verb as several processes on this machine, or on Cloud TPU VMs."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from launch.job import JobSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class Local:
+    """Run a verb as several JAX processes on the CPUs of this machine, over one mesh.
+
+    For example: t5pegasus launch local --processes 2 -- pretrain --help
+
+    Process 0 prints its results; everything on stderr comes behind [p0], [p1], … Ctrl-C reaches all
+    processes. When one fails the others are ended, and its exit code is the exit code of the job.
+    """
+
+    processes: int = 2
+    """How many processes, as many as a pod has hosts."""
+    devices_per_process: int = 1
+    """CPU devices of each process, as a host has chips."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuVm:
+    """Run a verb on new Cloud TPU VMs (queued resources: TPU v2 to v6e) with the code of this folder.
+
+    For example: t5pegasus launch tpu-vm --dry-run --name zh-base --project my-project --zone us-west4-a
+    --accelerator v5litepod-16 -- pretrain --help
+
+    The code is what git tracks here, and new files it does not ignore. Without --dry-run the commands are
+    run: the exit code is that of the job, and the TPU is kept, because the run lies on its disks, unless
+    --delete-after.
+    """
+
+    name: str
+    """Names the TPU, its VMs and the folder there."""
+    project: str
+    """Google Cloud project that pays."""
+    zone: str
+    """For example us-west4-a."""
+    accelerator: str
+    """Generation and size, for example v5litepod-16, v6e-8, v4-32."""
+    slices: int = 1
+    """How many such TPUs, joined by the data-centre network."""
+    capacity: Literal["spot", "reserved", "on-demand"] = "spot"
+    """Spot is cheap and can be taken away at any time."""
+    max_wait_hours: int = 6
+    """Give up when there is no capacity for so long."""
+    delete_after: bool = False
+    """Delete the TPU and its disks as soon as the job has ended."""
+    dry_run: bool = False
+    """Only print the commands."""
+
+
+def main(argv: list[str]) -> int:
+    """Run `t5pegasus launch local|tpu-vm [flags] -- VERB [arguments]`; the exit code is the job's."""
+    split = argv.index("--") if "--" in argv else len(argv)
+    where = tyro.cli(
+        Annotated[Local, tyro.conf.subcommand("local")] | Annotated[TpuVm, tyro.conf.subcommand("tpu-vm")],  # pyright: ignore[reportArgumentType]
+        prog="t5pegasus launch",
+        description="Run a verb as several processes; the verb and its arguments follow `--`.",
+        args=argv[:split],
+    )
+    command = tuple(argv[split + 1 :])
+    return _run_here(where, command) if isinstance(where, Local) else _run_on_tpu_vm(where, command)
+
+
+def _run_here(where: Local, command: tuple[str, ...]) -> int:
+    from launch.backends.local import run_locally
+
+    JobSpec(command).require_parallel(where.processes)
+    # -P: a file in the user's folder must not shadow a library.
+    argv = [sys.executable, "-P", "-m", "launch.cli", *command]
+    return run_locally(argv, where.processes, where.devices_per_process)
+
+
+def _run_on_tpu_vm(where: TpuVm, command: tuple[str, ...]) -> int:
+    from launch.backends.tpu_vm import TpuVms, run_on_tpu_vm, show_tpu_vm_plan
+
+    job = JobSpec(command, where.name)
+    vms = TpuVms(
+        project=where.project,
+        zone=where.zone,
+        accelerator=where.accelerator,
+        slices=where.slices,
+        capacity=where.capacity,
+        max_wait_hours=where.max_wait_hours,
+    )
+    if where.dry_run:
+        print(show_tpu_vm_plan(job, vms, Path.cwd()))
+        return 0
+    return run_on_tpu_vm(job, vms, Path.cwd(), delete_after=where.delete_after)
