@@ -72,9 +72,7 @@ def _read_explicit(environment: Mapping[str, str]) -> ProcessGroup | None:
         return ProcessGroup(environment.get("JAX_COORDINATOR_ADDRESS", ""), 1, 0)
     missing = [key for key in needed if not environment.get(key)]
     if missing:
-        raise UsageError(
-            f"a job of several processes needs {', '.join(needed)}; {', '.join(missing)} is not set"
-        )
+        raise UsageError(f"a job of several processes needs {', '.join(needed)}; {', '.join(missing)} is not set")
     return ProcessGroup(
         _with_port(environment["JAX_COORDINATOR_ADDRESS"], environment),
         _read_number(environment, "JAX_NUM_PROCESSES"),
@@ -126,18 +124,14 @@ def _read_open_mpi(environment: Mapping[str, str]) -> ProcessGroup | None:
 
 
 def _read_gke_tpu(environment: Mapping[str, str]) -> ProcessGroup | None:
-    hosts = (environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or "").split(
-        ","
-    )
+    hosts = (environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or "").split(",")
     if not hosts[0] or "TPU_WORKER_ID" not in environment:
         return None
     # Several slices: processes are numbered slice after slice, and the first slice's first host coordinates.
     num_slices = int(environment.get("MEGASCALE_NUM_SLICES") or 1)
     slice_id = _read_number(environment, "MEGASCALE_SLICE_ID") if num_slices > 1 else 0
     if num_slices > 1 and not environment.get("MEGASCALE_COORDINATOR_ADDRESS"):
-        raise UsageError(
-            f"a job of {num_slices} slices needs MEGASCALE_COORDINATOR_ADDRESS, which is not set"
-        )
+        raise UsageError(f"a job of {num_slices} slices needs MEGASCALE_COORDINATOR_ADDRESS, which is not set")
     coordinator = environment.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
     port = environment.get("JAX_COORDINATOR_PORT", str(TPU_COORDINATOR_PORT))
     return ProcessGroup(
@@ -164,9 +158,7 @@ def _read_local_device_ids(environment: Mapping[str, str]) -> tuple[int, ...] | 
     return tuple(int(item) for item in value.split(","))
 
 
-def _choose_local_devices(
-    environment: Mapping[str, str], local_rank_key: str | None
-) -> tuple[int, ...] | None:
+def _choose_local_devices(environment: Mapping[str, str], local_rank_key: str | None) -> tuple[int, ...] | None:
     """One device per process where several share a machine, unless they are divided already."""
     chosen = _read_local_device_ids(environment)
     visible = environment.get("CUDA_VISIBLE_DEVICES", "")

@@ -144,9 +144,7 @@ def _blame(endings: Sequence[Ending], num_processes: int) -> int:
     return first.code
 
 
-def _report_ending(
-    process_id: int, process: subprocess.Popen[bytes], ended: "queue.SimpleQueue[Ending]"
-) -> None:
+def _report_ending(process_id: int, process: subprocess.Popen[bytes], ended: "queue.SimpleQueue[Ending]") -> None:
     code = process.wait()
     with contextlib.suppress(ProcessLookupError):  # what it has started and left behind
         os.killpg(process.pid, signal.SIGKILL)
@@ -154,14 +152,12 @@ def _report_ending(
 
 
 def _copy_lines(source: IO[bytes], sink: IO[bytes], mark: bytes, whole_lines: threading.Lock) -> None:
-    for line in source:
-        ending = b"" if line.endswith(b"\n") or not mark else b"\n"
-        with (
-            whole_lines,
-            contextlib.suppress(BrokenPipeError),
-        ):  # our reader left: keep the processes from blocking
-            sink.write(mark + line + ending)
-            sink.flush()
+    with source:
+        for line in source:
+            ending = b"" if line.endswith(b"\n") or not mark else b"\n"
+            with whole_lines, contextlib.suppress(BrokenPipeError):  # our reader left; the processes must not block
+                sink.write(mark + line + ending)
+                sink.flush()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

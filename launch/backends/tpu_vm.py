@@ -122,9 +122,7 @@ def plan_tpu_vm(job: JobSpec, vms: TpuVms, bundle_path: str, bundle_sha256: str)
         ),
         describe=gcloud("describe", job.name, "--format=json"),
         copy=gcloud("scp", bundle_path, f"{job.name}:", *everywhere),
-        setup=gcloud(
-            "ssh", job.name, *everywhere, f"--command={_setup_command(job, bundle_path, bundle_sha256)}"
-        ),
+        setup=gcloud("ssh", job.name, *everywhere, f"--command={_setup_command(job, bundle_path, bundle_sha256)}"),
         run=gcloud("ssh", job.name, *everywhere, f"--command={_run_command(job)}"),
         delete=gcloud("delete", job.name, "--force", "--async"),
     )
@@ -147,9 +145,7 @@ def _setup_command(job: JobSpec, bundle_path: str, bundle_sha256: str) -> str:
 
 
 def _run_command(job: JobSpec) -> str:
-    return " && ".join(
-        [shlex.join(["cd", job.name]), shlex.join(["exec", ".venv/bin/t5pegasus", *job.command])]
-    )
+    return " && ".join([shlex.join(["cd", job.name]), shlex.join(["exec", ".venv/bin/t5pegasus", *job.command])])
 
 
 def show_tpu_vm_plan(job: JobSpec, vms: TpuVms, root: Path) -> str:
@@ -179,9 +175,7 @@ def run_on_tpu_vm(
         T5PegasusError: there was no capacity, or the hosts could not be set up.
     """
     if shutil.which("gcloud") is None:
-        raise UsageError(
-            "gcloud is not on the PATH; install it from https://cloud.google.com/sdk or use --dry-run"
-        )
+        raise UsageError("gcloud is not on the PATH; install it from https://cloud.google.com/sdk or use --dry-run")
     with tempfile.TemporaryDirectory() as folder, _sigterm_as_exit():
         bundle_path = Path(folder) / f"{job.name}.tar"
         with bundle_path.open("wb") as sink:
@@ -193,9 +187,7 @@ def run_on_tpu_vm(
             _wait_until_active(job.name, plan.describe, poll_seconds)
             for what, argv in (("copied to", plan.copy), ("installed on", plan.setup)):
                 if _call(argv) != 0:
-                    raise T5PegasusError(
-                        f"the code could not be {what} every host of {job.name!r}; deleting it"
-                    )
+                    raise T5PegasusError(f"the code could not be {what} every host of {job.name!r}; deleting it")
         except BaseException:
             _call(plan.delete)
             raise
@@ -220,9 +212,7 @@ def _wait_until_active(name: str, describe: Sequence[str], poll_seconds: float) 
         if found.returncode != 0:
             failed_polls += 1
             if failed_polls == _MAX_FAILED_POLLS:
-                raise T5PegasusError(
-                    f"gcloud could not describe {name!r} {failed_polls} times in a row; deleting it"
-                )
+                raise T5PegasusError(f"gcloud could not describe {name!r} {failed_polls} times in a row; deleting it")
         else:
             failed_polls = 0
             state = json.loads(found.stdout)["state"]["state"]
@@ -241,9 +231,7 @@ def _wait_until_active(name: str, describe: Sequence[str], poll_seconds: float) 
 def _call(argv: Sequence[str], results: TextIO | None = None) -> int:
     """Run a command; what it prints goes to stderr unless these are the results of the job."""
     print(f"+ {shlex.join(argv)}", file=sys.stderr)
-    return subprocess.run(
-        argv, stdin=subprocess.DEVNULL, stdout=results or sys.stderr, check=False
-    ).returncode
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, stdout=results or sys.stderr, check=False).returncode
 
 
 @contextlib.contextmanager
