@@ -46,12 +46,14 @@ contracts: $(INSTALLED_DEV)  ## which package may import which
 
 # An environment that works is taken as it is; creating it again over a half-created one repairs it.
 $(CREATED):
-	@if $(VENV)/bin/python -c $(SUITABLE) 2>/dev/null && $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
+	@if [ -f $(VENV)/pyvenv.cfg ] && $(VENV)/bin/python -c $(SUITABLE) 2>/dev/null \
+		&& $(VENV)/bin/python -m pip --version >/dev/null 2>&1; then \
 		touch $@; exit 0; \
 	fi; \
 	python="$(PYTHON)"; \
-	if [ -z "$$python" ]; then \
-		echo "t5pegasus needs Python 3.11 or newer with its venv module: install one, for example with" \
+	if ! "$$python" -c $(SUITABLE) >/dev/null 2>&1; then \
+		echo "t5pegasus needs Python 3.11 or newer with its venv module$${python:+, which $$python is not}:" \
+			"install one, for example with" \
 			"'sudo apt install python3.11 python3.11-venv' or 'pyenv install 3.12', and if it is not on the PATH" \
 			"name it with 'make PYTHON=/path/to/python3.12'" >&2; \
 		exit 2; \
