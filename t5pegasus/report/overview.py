@@ -1,0 +1,129 @@
+"""The top of the page: the way the model came, and its most important numbers."""
+
+from collections.abc import Sequence
+
+from t5pegasus.report.markup import Markup, absent, escape, join, section, show, show_seconds, show_short
+from t5pegasus.report.runs import Growth, Run
+from t5pegasus.report.samples import read_rouge
+
+GROWN_FIELDS = ("d_model", "d_ff", "num_heads", "d_kv", "num_encoder_layers", "num_decoder_layers")
+
+
+def show_overview(runs: Sequence[Run]) -> Markup:
+    """Headline figures of the last run and the runs before it, and the stages in their order."""
+    chain = ancestry(runs[-1])
+    tiles = [_parameters(chain), _steps(chain), _heldout(chain), _growth(chain), _rouge(chain)]
+    return join([_stages(runs), Markup(f'<div class="tiles">{join(tiles)}</div>')])
+
+
+def ancestry(run: Run) -> list[Run]:
+    """A run and those it came from, the first one first."""
+    return [*(ancestry(run.parent) if run.parent else []), run]
+
+
+def describe_model(model: dict) -> str:
+    """The shape of a model in one line."""
+    return (
+        f"d_model {model['d_model']}, {model['num_encoder_layers']}+{model['num_decoder_layers']} layers, "
+        f"{model['num_heads']}×{model['d_kv']} heads, d_ff {model['d_ff']}"
+    )
+
+
+def describe_growth(growth: Growth) -> list[str]:
+    """What grew: `d_model 64 → 96`, `d_ff 128 → 256`."""
+    source, target = growth.plan["source"], growth.plan["target"]
+    return [f"{field} {source[field]} → {target[field]}" for field in GROWN_FIELDS if source[field] != target[field]]
+
+
+def heldout_around_growth(run: Run) -> tuple[float, float, str] | None:
+    """Held-out loss before the growth that a run began with, right after it, and where the numbers are from.
+
+    The run's own measurement at the seam counts; without one, the receipt's on the text it names.
+    """
+    if not run.growths:
+        return None
+    growth = run.growths[-1]
+    before = [loss for step, loss in run.parent.curve("heldout", "loss") if step == growth.step] if run.parent else []
+    after = [loss for step, loss in run.curve("heldout", "loss") if step == growth.step]
+    if before and after:
+        return before[-1], after[0], "held-out records"
+    nll = growth.receipt["source_nll"]
+    return nll, nll + growth.receipt["nll_difference"], "growth receipt"
+
+
+def _tile(label: str, chinese: str, value: str, note: str = "") -> Markup:
+    return Markup(
+        f'<div class="tile"><h3>{escape(label)} <span lang="zh">{escape(chinese)}</span></h3>'
+        f"<b>{escape(value)}</b><p>{escape(note)}</p></div>"
+    )
+
+
+def _parameters(chain: Sequence[Run]) -> Markup:
+    sizes: list[str] = []
+    for run in chain:
+        counts = [start["num_parameters"] for start in run.of_kind("start") if "num_parameters" in start]
+        if counts and (not sizes or sizes[-1] != show_short(counts[-1])):
+            sizes.append(show_short(counts[-1]))
+    return _tile("Parameters", "参数量", " → ".join(sizes) or "not recorded", describe_model(chain[-1].config["model"]))
+
+
+def _steps(chain: Sequence[Run]) -> Markup:
+    steps = sum(run.last_step - run.first_step for run in chain)
+    trained = [record for run in chain for record in run.of_kind("train")]
+    seconds = sum(record["seconds"] for record in trained)
+    tokens = sum(record["seconds"] * record["tokens_per_second"] for record in trained)
+    note = f"{show_short(tokens)} tokens in {show_seconds(seconds)} of training" if trained else "no training recorded"
+    return _tile("Updates", "训练步数", show(steps), note)
+
+
+def _heldout(chain: Sequence[Run]) -> Markup:
+    grown = next((run for run in reversed(chain) if run.growths), None)
+    around = heldout_around_growth(grown) if grown else None
+    if grown is not None and around is not None:
+        last = grown.curve("heldout", "loss")
+        values = [*around[:2], *([last[-1][1]] if last else [])]
+        note = f"before growth → right after{' → at the end' if last else ''} ({around[2]} at the seam)"
+        return _tile("Held-out loss", "验证损失", " → ".join(f"{value:.3f}" for value in values), note)
+    losses = chain[-1].curve("heldout", "loss")
+    if not losses:
+        return _tile("Held-out loss", "验证损失", "not measured", "no held-out examples were given")
+    return _tile("Held-out loss", "验证损失", f"{losses[0][1]:.3f} → {losses[-1][1]:.3f}", "first → last measurement")
+
+
+def _growth(chain: Sequence[Run]) -> Markup:
+    growths = [growth for run in chain for growth in run.growths]
+    if not growths:
+        return _tile("Growth", "模型生长", "none", "this model has not been grown")
+    receipt = growths[-1].receipt
+    note = f"max |Δlogit|, {receipt['floor_ratio']:.2f} × the rounding floor; ΔNLL {receipt['nll_difference']:+.1e}"
+    return _tile("Growth", "模型生长", f"{receipt['max_logit_difference']:.1e}", note)
+
+
+def _rouge(chain: Sequence[Run]) -> Markup:
+    rouge = read_rouge(chain[-1].scores)
+    if rouge is None:
+        return _tile("ROUGE-1 / 2 / L", "评测", "not evaluated", "t5pegasus evaluate writes scores.json")
+    return _tile("ROUGE-1 / 2 / L", "评测", rouge.model, f"F1 in percent; lead baseline {rouge.lead}")
+
+
+def _stages(runs: Sequence[Run]) -> Markup:
+    """The stages as a strip: run → growth → run, and so on."""
+    parts = []
+    for run in runs:
+        if run.paths["start_from"] and run.parent is None and not run.growths:
+            parts.append(absent(f"{run.name} started from {run.paths['start_from']}, whose run is not here"))
+        parts += [
+            Markup(
+                f'<li class="seam"><b>grow</b> <span>at step {show(growth.step)}</span>'
+                f"<small>{escape(', '.join(describe_growth(growth)))}</small></li>"
+            )
+            for growth in run.growths
+        ]
+        span = f"steps {show(run.first_step)} – {show(run.last_step)}" if run.records else "no metrics.jsonl"
+        parts.append(
+            Markup(
+                f"<li><b>{escape(run.name)}</b> <span>{span}</span>"
+                f"<small>{escape(describe_model(run.config['model']))}</small></li>"
+            )
+        )
+    return section("Stages", "训练阶段", Markup(f'<ol class="stages">{join(parts)}</ol>'))

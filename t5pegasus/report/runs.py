@@ -1,0 +1,203 @@
+"""What the JSON files of a run say, and which run it came from; nothing is computed here, nothing made up."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from t5pegasus.config import check_schema, read_json
+from t5pegasus.errors import ArtifactError
+
+Json = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Growth:
+    """A grown checkpoint between two runs."""
+
+    path: Path
+    step: int
+    plan: Json
+    receipt: Json
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """A run folder as its files tell it; a file that is absent is None or empty here."""
+
+    path: Path
+    config: Json
+    """RunConfig's JSON."""
+    paths: Json
+    """examples_path, heldout_path, start_from as the run was given them."""
+    records: tuple[Json, ...]
+    """Lines of metrics.jsonl, in order."""
+    num_unreadable_lines: int
+    examples: Json | None
+    """Manifest of the examples."""
+    heldout: Json | None
+    """Manifest of the held-out examples."""
+    checkpoints: tuple[Json, ...]
+    """Descriptions of the checkpoints kept, oldest first."""
+    scores: Json | None
+    summaries: tuple[Json, ...]
+    parent: "Run | None"
+    """The run whose checkpoint this one started from."""
+    growths: tuple[Growth, ...]
+    """What happened to that checkpoint in between."""
+
+    @property
+    def name(self) -> str:
+        """The folder's name."""
+        return self.path.name
+
+    def of_kind(self, kind: str) -> list[Json]:
+        """Its records of one kind."""
+        return [record for record in self.records if record.get("kind") == kind]
+
+    def curve(self, kind: str, field: str) -> list[tuple[float, float]]:
+        """(step, value) of one field, for the records that have it."""
+        return [(record["step"], record[field]) for record in self.of_kind(kind) if record.get(field) is not None]
+
+    @functools.cached_property
+    def first_step(self) -> int:
+        """Where it began: behind 0 if it went on counting the steps of its parent."""
+        return self.records[0]["step"] if self.records else 0
+
+    @functools.cached_property
+    def last_step(self) -> int:
+        """The last step of which anything is recorded."""
+        return max([record["step"] for record in self.records], default=0)
+
+    @property
+    def continues(self) -> bool:
+        """Whether its steps go on where its parent's ended; fine-tuning counts anew."""
+        return self.parent is not None and self.first_step > 0
+
+
+def load_runs(paths: Iterable[Path]) -> list[Run]:
+    """The runs in these folders and all they came from, ancestors first, each once.
+
+    Raises:
+        ArtifactError: if a folder is no run.
+    """
+    runs: dict[Path, Run] = {}
+    for path in paths:
+        _load(path.resolve(), runs)
+    return list(runs.values())
+
+
+def group_runs(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs that share one axis of steps, together: a run and all that continue it."""
+    groups: list[list[Run]] = []
+    for run in runs:
+        home = next((group for group in groups if run.continues and run.parent in group), None)
+        if home is None:
+            groups.append([run])
+        else:
+            home.append(run)
+    return groups
+
+
+def read_json_lines(path: Path) -> tuple[list[Json], int]:
+    """The objects in a .jsonl file that may not exist, and how many lines are no objects (cut off by a kill)."""
+    if not path.is_file():
+        return [], 0
+    objects, num_unreadable = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError:
+            value = None
+        if isinstance(value, dict):
+            objects.append(value)
+        else:
+            num_unreadable += 1
+    return objects, num_unreadable
+
+
+def _load(path: Path, runs: dict[Path, Run]) -> Run:
+    if path in runs:
+        return runs[path]
+    if not (path / "config.json").is_file():
+        raise ArtifactError(
+            f"{path} is no run folder: config.json is missing; give one that t5pegasus pretrain or finetune wrote"
+        )
+    record = read_json(path / "config.json")
+    check_schema(record, path / "config.json")
+    start_from = _locate(record.get("start_from"), path)
+    growths, source = _follow_growths(start_from, path) if start_from else ((), None)
+    parent_path = _run_of(source)
+    parent = _load(parent_path, runs) if parent_path else None
+    records, num_unreadable = read_json_lines(path / "metrics.jsonl")
+    examples_path = _locate(record.get("examples_path"), path)
+    heldout_path = _locate(record.get("heldout_path"), path) or (examples_path and examples_path / "heldout")
+    runs[path] = Run(
+        path=path,
+        config=record["config"],
+        paths={key: record.get(key) for key in ("examples_path", "heldout_path", "start_from")},
+        records=tuple(entry for entry in records if isinstance(entry.get("step"), int)),
+        num_unreadable_lines=num_unreadable,
+        examples=_read_if_there(examples_path and examples_path / "manifest.json"),
+        heldout=_read_if_there(heldout_path and heldout_path / "manifest.json"),
+        checkpoints=tuple(_checkpoints(path)),
+        scores=_read_if_there(path / "scores.json"),
+        summaries=tuple(read_json_lines(path / "summaries.jsonl")[0]),
+        parent=parent,
+        growths=growths,
+    )
+    return runs[path]
+
+
+def _locate(given: str | None, run_path: Path) -> Path | None:
+    """A path of config.json as given, or, if all was moved together, its longest end that is beside the run."""
+    if given is None:
+        return None
+    parts = Path(given).parts
+    ends = (Path(*parts[first:]) for first in range(len(parts)))
+    candidates = (above / end for end in ends for above in (Path(), run_path, *run_path.parents[:2]))
+    return next((path.resolve() for path in candidates if path.exists()), None)
+
+
+def _follow_growths(checkpoint: Path, run_path: Path) -> tuple[tuple[Growth, ...], Path | None]:
+    """The growths behind a checkpoint, oldest first, and the folder that the first of them grew."""
+    growths: list[Growth] = []
+    source: Path | None = checkpoint
+    while source is not None and (source / "receipt.json").is_file():
+        info, receipt = read_json(source / "checkpoint.json"), read_json(source / "receipt.json")
+        entry = info["lineage"][-1]
+        growths.insert(0, Growth(source, info["step"], entry["plan"], receipt))
+        source = _find_checkpoint(entry["source_fingerprint"], near=(source, run_path))
+    return tuple(growths), source
+
+
+def _find_checkpoint(fingerprint: str, near: Iterable[Path]) -> Path | None:
+    """The checkpoint with this fingerprint, in a run or alone, beside one of these folders."""
+    for place in near:
+        for pattern in ("*/checkpoints/*/manifest.json", "*/manifest.json"):
+            for manifest in sorted(place.parent.glob(pattern)):
+                if read_json(manifest).get("fingerprint") == fingerprint:
+                    return manifest.parent
+    return None
+
+
+def _run_of(checkpoint: Path | None) -> Path | None:
+    """The run folder that a checkpoint lies in, or that was itself given as `start_from`."""
+    if checkpoint is None:
+        return None
+    return next((path for path in (checkpoint, checkpoint.parent.parent) if (path / "metrics.jsonl").is_file()), None)
+
+
+def _checkpoints(run_path: Path) -> Iterator[Json]:
+    folders = [path for path in (run_path / "checkpoints").glob("*") if path.name.isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name)):
+        if (folder / "manifest.json").is_file():
+            yield read_json(folder / "checkpoint.json")
+
+
+def _read_if_there(path: Path | None) -> Json | None:
+    return read_json(path) if path is not None and path.is_file() else None

@@ -1,0 +1,237 @@
+"""Laws of the report page: whole, self-contained, escaped, and honest about what is absent."""
+
+import html.parser
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from growth.plan import plan_growth
+from growth.verify import Receipt
+from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
+from t5pegasus.errors import ArtifactError
+from t5pegasus.report import write_report
+from t5pegasus.report.chart import Line, draw_lines, nice_ticks
+from t5pegasus.report.runs import group_runs, load_runs
+
+HOSTILE = "</dd><script>alert('x')</script>“&<b onmouseover=y>\u2028"
+SMALL = ModelConfig(
+    vocab_size=3000, d_model=64, d_kv=8, d_ff=128, num_heads=8, num_encoder_layers=2, num_decoder_layers=2
+)
+LARGE = ModelConfig(
+    vocab_size=3000, d_model=96, d_kv=8, d_ff=256, num_heads=12, num_encoder_layers=3, num_decoder_layers=2
+)
+VOID = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta"}
+
+
+class Outline(html.parser.HTMLParser):
+    """Checks that tags nest, and collects attributes and text."""
+
+    def __init__(self):
+        super().__init__()
+        self.open_tags, self.attributes, self.tags, self.words = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open_tags.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read_page(path: Path) -> Outline:
+    outline = Outline()
+    outline.feed(path.read_text(encoding="utf-8"))
+    outline.close()
+    assert outline.open_tags == []
+    return outline
+
+
+def write_lines(path: Path, records) -> None:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+def write_run(path: Path, model: ModelConfig, steps: range, *, loss=6.0, start_from=None, examples_path=None) -> Path:
+    """A run folder as training writes it, without arrays."""
+    path.mkdir(parents=True)
+    config = RunConfig(model=model).to_json()
+    paths = {"run_path": str(path), "examples_path": str(examples_path or "examples"), "heldout_path": None}
+    paths["start_from"] = None if start_from is None else str(start_from)
+    write_json(path / "config.json", {"schema": SCHEMA, "config": config, **paths})
+    start = {"kind": "start", "step": steps.start, "config": config, "num_parameters": 7_000 * model.d_model}
+    start |= {
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        "num_devices": 1,
+        "device": "cpu",
+        "peak_flops_per_device": 1.1e11,
+    }
+    records = [start | {"peak_source": "measured", "compute_dtype": "float32"} | paths]
+    for step in range(steps.start + 10, steps.stop + 1, 10):
+        now = loss - 0.35 * math.log(step + 1) + 0.08 * math.sin(step * 1.7)
+        records.append(
+            {"kind": "train", "step": step, "rows": 8 * step, "loss": now, "accuracy": 0.5 - now / 14, "z_loss": 0.01,
+             "grad_norm": 1.2 + 0.3 * math.sin(step), "learning_rate": 5e-3 * min(1, step / 50), "seconds": 4.2,
+             "tokens_per_second": 9000.0 + 300 * math.cos(step), "rows_per_second": 19.0, "mfu": 0.31,
+             "data_wait_fraction": 0.01}
+        )  # fmt: skip
+        if step % 100 == 0:
+            records.append({"kind": "heldout", "step": step, "loss": now + 0.2, "accuracy": 0.48 - now / 14})
+    write_lines(path / "metrics.jsonl", records)
+    return path
+
+
+def write_checkpoint(path: Path, step: int, fingerprint: str, lineage=()) -> Path:
+    path.mkdir(parents=True)
+    write_json(path / "checkpoint.json", {"schema": SCHEMA, "step": step, "lineage": list(lineage)})
+    write_json(path / "manifest.json", {"schema": SCHEMA, "fingerprint": fingerprint, "files": {}})
+    return path
+
+
+def write_growth(path: Path, step: int, source_fingerprint: str) -> Path:
+    plan = plan_growth(SMALL, LARGE, seed=0)
+    entry = {"plan": plan.to_json(), "plan_hash": plan.hash, "source_fingerprint": source_fingerprint, "step": step}
+    receipt = Receipt(plan.hash, "R", "examples/heldout", 1437, 3.3e-6, 4.1e-7, 4.8e-6, 6e-7, 8, 0.69, 4.021, 2.4e-9,
+                      448_000, 672_000, 8_064_000)  # fmt: skip
+    write_checkpoint(path, step, "grown", [entry])
+    write_json(path / "receipt.json", receipt.to_json())
+    return path
+
+
+def write_examples(path: Path, *, documents=None) -> Path:
+    path.mkdir(parents=True)
+    documents = documents or {"read": 150, "kept": 140, "dropped": {"too short": 8, "duplicate": 2}}
+    counts = [int(40 * math.exp(-((index - 9) ** 2) / 20)) for index in range(24)]
+    manifest = {
+        "schema": SCHEMA, "kind": "examples", "fingerprint": f"print of {path.name}", "num_examples": sum(counts),
+        "num_source_tokens": 31_000, "num_target_tokens": 9_000, "max_source_tokens": 371, "max_target_tokens": 96,
+        "vocab_size": 3000, "shards": [{}], "documents": documents,
+        "length_histograms": {"bin_tokens": 16, "source": counts, "target": counts[6:14]},
+    }  # fmt: skip
+    write_json(path / "manifest.json", manifest)
+    return path
+
+
+@pytest.fixture
+def flow(tmp_path: Path) -> Path:
+    """pretrain → grow → continue → finetune, as folders; the last one is returned."""
+    examples = write_examples(tmp_path / "examples")
+    write_run(tmp_path / "pretrain", SMALL, range(500), examples_path=examples)
+    write_checkpoint(tmp_path / "pretrain" / "checkpoints" / "500", 500, "source")
+    grown = write_growth(tmp_path / "grown", 500, "source")
+    write_run(tmp_path / "continue", LARGE, range(500, 1000), start_from=grown, examples_path=examples)
+    last = write_checkpoint(tmp_path / "continue" / "checkpoints" / "1000", 1000, "continued")
+    finetune = write_run(
+        tmp_path / "finetune",
+        LARGE,
+        range(300),
+        loss=5.0,
+        start_from=last,
+        examples_path=write_examples(tmp_path / "pairs"),
+    )
+    write_lines(
+        finetune / "summaries.jsonl",
+        [{"source": "鲸是哺乳动物。" * 30, "reference": "鲸用肺呼吸。", "summary": HOSTILE}],
+    )
+    return finetune
+
+
+def test_chain_is_followed_through_growth(flow: Path):
+    runs = load_runs([flow])
+    assert [run.name for run in runs] == ["pretrain", "continue", "finetune"]
+    assert [[run.name for run in group] for group in group_runs(runs)] == [["pretrain", "continue"], ["finetune"]]
+    assert [growth.step for growth in runs[1].growths] == [500]
+
+
+def test_chain_is_followed_after_all_was_moved(flow: Path, tmp_path: Path):
+    moved = tmp_path.rename(tmp_path.with_name(tmp_path.name + "-elsewhere"))
+    assert [run.name for run in load_runs([moved / flow.name])] == ["pretrain", "continue", "finetune"]
+
+
+def test_page_is_whole_and_self_contained(flow: Path, tmp_path: Path):
+    write_report([flow], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    outline = read_page(tmp_path / "report.html")
+    assert not {"script", "link", "img", "iframe", "object"} & set(outline.tags)
+    assert not {"src", "href"} & {name for name, _ in outline.attributes}
+    assert "url(" not in page
+    assert "@import" not in page
+    assert not re.search(r"https?://", page)
+    assert not re.search(r"\b(nan|inf)\b", page)
+
+
+def test_seam_and_receipt_are_shown(flow: Path, tmp_path: Path):
+    write_report([flow], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "d_model 64 → 96" in page
+    assert 'class="seam"' in page
+    assert "3.30e-06" in page
+    assert "+2.4e-09" in page
+    assert "448,000" in page
+
+
+def test_hostile_text_stays_text(flow: Path, tmp_path: Path):
+    write_examples(tmp_path / "hostile", documents={"read": 1, "dropped": {HOSTILE: 1}})
+    run = write_run(tmp_path / "<i>&amp;", SMALL, range(50), examples_path=tmp_path / "hostile")
+    write_report([run, flow], tmp_path / "report.html")
+    outline = read_page(tmp_path / "report.html")
+    assert "script" not in outline.tags
+    assert HOSTILE in outline.words
+    assert f"dropped: {HOSTILE}" in outline.words
+    assert "<i>&amp;" in outline.words
+
+
+def test_absent_parts_are_named(tmp_path: Path):
+    run = write_run(tmp_path / "bare", SMALL, range(50), start_from="gone/checkpoints/7")
+    (run / "metrics.jsonl").unlink()
+    write_report([run], tmp_path / "report.html")
+    text = " ".join(read_page(tmp_path / "report.html").words)
+    for part in ("gone/checkpoints/7", "no training record", "scores.json", "summaries.jsonl", "no manifest at"):
+        assert part in text
+    assert "no record of a start" in text
+    assert "None of these runs began with a grown checkpoint" in text
+    assert "svg" not in read_page(tmp_path / "report.html").tags
+
+
+def test_line_cut_off_by_a_kill_is_counted(tmp_path: Path):
+    run = write_run(tmp_path / "killed", SMALL, range(50))
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "st')
+    write_report([run], tmp_path / "report.html")
+    assert "left out: 1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_folder_that_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(ArtifactError, match=r"config\.json is missing"):
+        write_report([tmp_path], tmp_path / "report.html")
+
+
+def test_values_that_are_not_finite_leave_the_chart_alone():
+    drawing = draw_lines("loss", [Line("run", [(0, 1.0), (10, math.nan), (20, math.inf), (30, 2.0)], 0)])
+    assert "nan" not in drawing
+    assert "inf" not in drawing
+    assert draw_lines("loss", [Line("run", [(0, math.nan)], 0)]) == ""
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 1), (2.9, 3.1), (-5, 1e6), (0.3, 0.3), (0, 0), (-2, -2), (1e-9, 3e-9)])
+def test_ticks_enclose_what_they_measure(low: float, high: float):
+    ticks = nice_ticks(low, high, 5)
+    assert ticks[0] - 1e-12 * abs(low) <= low <= high <= ticks[-1] + 1e-12 * abs(high)
+    assert 2 <= len(ticks) <= 9
+
+
+def test_report_never_imports_jax():
+    code = "import sys, t5pegasus.report; assert not {'jax', 'flax', 'orbax', 'numpy'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
