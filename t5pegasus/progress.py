@@ -39,7 +39,13 @@ class Progress:
     """
 
     def __init__(
-        self, label: str, total: int | None = None, unit: str = "items", *, stream: TextIO | None = None, shown: bool = True
+        self,
+        label: str,
+        total: int | None = None,
+        unit: str = "items",
+        *,
+        stream: TextIO | None = None,
+        shown: bool = True,
     ) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
@@ -82,8 +88,9 @@ class Progress:
 
     def _describe(self, now: float) -> str:
         rate = (self.done - self._skipped) / max(now - self._start, 1e-9)
-        of_total = "" if self.total is None else f"/{format_count(self.total)}"
-        share = f" ({100 * self.done / self.total:.0f} %)" if self.total else ""
+        is_within = self.total is not None and 0 < self.total >= self.done  # an estimate may prove too low
+        of_total = f"/{format_count(self.total)}" if self.total and is_within else ""
+        share = f" ({100 * self.done / self.total:.0f} %)" if self.total and is_within else ""
         parts = [f"{format_count(self.done)}{of_total} {self.unit}{share}", f"{format_count(rate)}/s"]
         if self.total is not None and rate > 0 and self.done < self.total:
             parts.append(f"{format_seconds((self.total - self.done) / rate)} left")

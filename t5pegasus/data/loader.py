@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -124,7 +124,7 @@ def load_batches(
     *,
     batch_rows: np.ndarray | None = None,
     num_threads: int = 2,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches without end: batch b holds the stream rows `start_row + b * batch_size + batch_rows`.
 
     Args:

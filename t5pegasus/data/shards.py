@@ -80,7 +80,7 @@ def hash_file(path: Path) -> str:
 
 def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
     """Write one shard under a temporary name and rename it when it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary_name(path)
     writer = ArrayRecordWriter(str(temporary), _WRITER_OPTIONS)
     num_examples = 0
     try:
@@ -98,12 +98,17 @@ def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """`np.save` under a temporary name, renamed when it is whole and on disk."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = _temporary_name(path)
     with temporary.open("wb") as file:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _temporary_name(path: Path) -> Path:
+    """Hidden, and of this process: a worker of a killed build may still write when the next one starts."""
+    return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def write_manifest(
@@ -112,6 +117,7 @@ def write_manifest(
     shards: Sequence[Shard],
     config: dict[str, Any],
     documents: dict[str, Any],
+    num_unknown_tokens: int,
     vocab_size: int,
     tokenizer_fingerprint: str,
     pad_id: int,
@@ -143,6 +149,7 @@ def write_manifest(
         "num_examples": len(lengths),
         "num_source_tokens": num_source,
         "num_target_tokens": num_target,
+        "num_unknown_tokens": num_unknown_tokens,
         "max_source_tokens": max_source,
         "max_target_tokens": max_target,
         "length_histograms": {

@@ -41,7 +41,8 @@ def write_examples(folder, examples, num_shards=3, vocab_size=30_000):
         folder / "lengths.npy", np.array([[len(s), len(t)] for s, t in examples], np.int32).reshape(-1, 2)
     )
     write_manifest(
-        folder, shards=shards, config={}, documents={}, vocab_size=vocab_size, tokenizer_fingerprint="f",
+        folder, shards=shards, config={}, documents={},
+        num_unknown_tokens=0, vocab_size=vocab_size, tokenizer_fingerprint="f",
         pad_id=PAD, start_id=START, end_id=END,
     )  # fmt: skip
     return folder

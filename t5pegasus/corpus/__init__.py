@@ -1,0 +1,1 @@
+"""From raw documents to examples on disk, on all cores."""

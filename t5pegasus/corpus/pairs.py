@@ -1,0 +1,93 @@
+"""Reading supervised pairs of text and summary: JSON lines, or lines of `title<TAB>text`."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from t5pegasus.errors import UsageError
+from t5pegasus.text.lines import NOT_UTF8, TOO_LONG, read_lines
+from t5pegasus.text.read import NOT_JSON, Document
+
+NOT_A_PAIR = "no summary and text"
+_KINDS = tuple(kind + packing for kind in (".jsonl", ".tsv") for packing in ("", ".gz", ".zst"))
+
+
+def check_pair_paths(paths: Iterable[Path | str]) -> list[Path]:
+    """The paths, each an existing file of a kind that pairs are read from.
+
+    Raises:
+        UsageError: naming the path and what to do.
+    """
+    checked = [Path(path) for path in paths]
+    if not checked:
+        raise UsageError("no input files were given; name at least one")
+    for path in checked:
+        if not path.is_file():
+            raise UsageError(f"input {path} is not a file; name a file of pairs ({', '.join(_KINDS)})")
+        if not path.name.endswith(_KINDS):
+            raise UsageError(f"input {path} is of an unknown kind; pairs are read from {', '.join(_KINDS)}")
+    return checked
+
+
+def read_pairs(paths: Sequence[Path], dropped: Counter[str]) -> Iterator[Document]:
+    """Stream pairs as documents whose title is the summary, in the order given, in bounded memory.
+
+    `.jsonl(.gz|.zst)` holds objects `{"text": …, "summary": …}`, `.tsv(.gz|.zst)` lines `title<TAB>text`, the
+    form of T5-PEGASUS's fine-tuning script. A pair without an id is called `<file name>:<line number>`.
+
+    Args:
+        paths: files to read, of `check_pair_paths`.
+        dropped: receives, per reason, the number of lines that could not be used.
+
+    Raises:
+        UsageError: if a file is damaged.
+    """
+    for path in paths:
+        parse = _parse_json if ".jsonl" in path.suffixes else _parse_tabbed
+        for number, line in read_lines(path):
+            if line is None:
+                dropped[TOO_LONG] += 1
+            elif line.strip():
+                pair = _decode(line, number, dropped)
+                if pair is not None:
+                    document = parse(pair, f"{path.name}:{number}", dropped)
+                    if document is not None:
+                        yield document
+
+
+def _decode(line: bytes, number: int, dropped: Counter[str]) -> str | None:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
+    except UnicodeDecodeError:
+        dropped[NOT_UTF8] += 1
+        return None
+
+
+def _parse_json(line: str, default_id: str, dropped: Counter[str]) -> Document | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        dropped[NOT_JSON] += 1
+        return None
+    if not isinstance(record, dict):
+        dropped[NOT_A_PAIR] += 1
+        return None
+    text, summary = record.get("text"), record.get("summary")
+    if not (isinstance(text, str) and isinstance(summary, str)):
+        dropped[NOT_A_PAIR] += 1
+        return None
+    try:  # an escape such as \ud800 gives half a surrogate pair, which no file can hold
+        (text + summary).encode("utf-8")
+    except UnicodeEncodeError:
+        dropped[NOT_UTF8] += 1
+        return None
+    return Document(str(record.get("id") or default_id), text, title=summary)
+
+
+def _parse_tabbed(line: str, default_id: str, dropped: Counter[str]) -> Document | None:
+    title, tab, text = line.partition("\t")
+    if not tab:
+        dropped[NOT_A_PAIR] += 1
+        return None
+    return Document(default_id, text, title=title)
