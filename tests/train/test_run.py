@@ -1,0 +1,109 @@
+"""Laws of a run folder: resuming equals never having stopped, damage is seen, mismatches stop at the border."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, load_checkpoint_info, verify_checkpoint
+from t5pegasus.config import MeshConfig
+from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.train.metrics import read_metrics
+from t5pegasus.train.run import RunPaths, train_run
+
+
+def with_train(config, **fields):
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **fields))
+
+
+def records(run_path, kind):
+    return [{key: value for key, value in record.items() if key in ("step", "rows", "loss", "accuracy", "grad_norm")}
+            for record in read_metrics(run_path / "metrics.jsonl") if record["kind"] == kind]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, examples_path, run_config):
+    """An uninterrupted run."""
+    run_path = tmp_path_factory.mktemp("whole") / "run"
+    train_run(run_config, RunPaths(run_path, examples_path))
+    return run_path
+
+
+def test_a_run_learns_and_leaves_what_it_promises(whole, run_config):
+    info = load_checkpoint_info(find_checkpoint(whole))
+    assert (info.step, info.rows, info.config) == (8, 64, run_config)
+    assert [entry["step"] for entry in info.history] == [0, 4, 8]
+    assert info.history[-1]["loss"] < info.history[0]["loss"] - 0.3
+    assert [record["step"] for record in records(whole, "train")] == list(range(1, 9))
+    assert list((whole / "tensorboard").iterdir())
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, examples_path, run_config):
+    paths = RunPaths(tmp_path / "run", examples_path)
+    train_run(with_train(run_config, steps=4), paths)
+    # What a kill leaves behind: records past the checkpoint, and a save that did not finish.
+    with (paths.run_path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "step": 5, "loss": 9.0}\n{"kind": "tr')
+    (paths.run_path / "checkpoints" / "5.unfinished").mkdir()
+    train_run(run_config, paths)
+    resumed, uninterrupted = load_arrays(find_checkpoint(paths.run_path)), load_arrays(find_checkpoint(whole))
+    assert resumed.keys() == uninterrupted.keys()
+    for name, array in uninterrupted.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+    assert records(paths.run_path, "train") == records(whole, "train")
+    assert records(paths.run_path, "heldout") == records(whole, "heldout")
+    assert not list((paths.run_path / "checkpoints").glob("*.unfinished"))
+
+
+def test_a_run_continues_on_another_mesh_and_batch_size(whole, tmp_path, examples_path, run_config):
+    paths = RunPaths(tmp_path / "run", examples_path)
+    train_run(with_train(run_config, steps=4), paths)
+    moved = dataclasses.replace(run_config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    train_run(moved, paths)
+    ours, theirs = load_arrays(find_checkpoint(paths.run_path)), load_arrays(find_checkpoint(whole))
+    for name, array in theirs.items():
+        np.testing.assert_allclose(ours[name], array, rtol=0, atol=2e-5, err_msg=name)
+    last = train_run(with_train(moved, steps=9, batch_size=4), paths)
+    assert load_checkpoint_info(last).rows == 68
+
+
+def test_a_finished_run_is_left_as_it_is(whole, examples_path, run_config):
+    before = (whole / "metrics.jsonl").read_bytes()
+    assert train_run(run_config, RunPaths(whole, examples_path)) == whole / "checkpoints" / "8"
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_folder_is_refused(whole, examples_path, run_config):
+    other = dataclasses.replace(run_config, optimizer=dataclasses.replace(run_config.optimizer, learning_rate=1.0))
+    with pytest.raises(UsageError, match=r"begun with optimizer.learning_rate=0.003, got 1.0"):
+        train_run(other, RunPaths(whole, examples_path))
+
+
+def test_start_from_another_size_is_refused(whole, tmp_path, examples_path, run_config):
+    larger = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, d_model=128))
+    with pytest.raises(UsageError, match=r"model.d_model=64, got 128.*t5pegasus grow"):
+        train_run(larger, RunPaths(tmp_path / "run", examples_path, start_from=whole))
+
+
+def test_fine_tuning_takes_the_parameters_only(whole, tmp_path, examples_path, run_config):
+    paths = RunPaths(tmp_path / "run", examples_path, start_from=whole)
+    last = train_run(with_train(run_config, steps=4), paths, keep_state=False)
+    info = load_checkpoint_info(last)
+    assert (info.step, info.rows) == (4, 32)
+    assert info.history[0]["loss"] == load_checkpoint_info(find_checkpoint(whole)).history[-1]["loss"]
+
+
+def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_path, run_config):
+    paths = RunPaths(tmp_path / "run", examples_path)
+    train_run(run_config, paths)
+    last = find_checkpoint(paths.run_path)
+    victim = next((last / "arrays" / "parameters.lm_head").rglob("0"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ArtifactError, match=rf"{victim.relative_to(last)} is damaged: .* the manifest says"):
+        verify_checkpoint(last)
+    assert find_last_good(paths.run_path) == paths.run_path / "checkpoints" / "4"
+    (last / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match="not a finished checkpoint"):
+        verify_checkpoint(last)

@@ -1,0 +1,104 @@
+"""Laws of one update: meshes agree, micro-batches add up, AdamW is AdamW, schedules have their shape."""
+
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from t5pegasus.config import MeshConfig, OptimizerConfig
+from t5pegasus.data.loader import PackedRows, load_batches
+from t5pegasus.errors import UsageError
+from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.sharding import make_mesh, place_batch
+from t5pegasus.train.optimizer import apply_adamw, init_multipliers, make_schedule
+from t5pegasus.train.state import init_state
+from t5pegasus.train.step import make_train_step
+
+
+@pytest.fixture(scope="module")
+def batches(examples_path, run_config):
+    with (
+        PackedRows(examples_path, run_config.data, 0, 101) as rows,
+        contextlib.closing(load_batches(rows, 8, start_row=0)) as stream,
+    ):
+        return [next(stream), next(stream)]
+
+
+def two_updates(config, batches, sizes):
+    """Losses and parameters after two updates on a mesh of these sizes."""
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
+    state = init_state(config.model, 0, mesh)
+    train_step = make_train_step(config, mesh)
+    losses = []
+    for batch in batches:
+        state, metrics = train_step(state, place_batch(batch, np.arange(8), 8, mesh))
+        losses.append(float(metrics["loss"]))
+    return losses, {name: np.asarray(value) for name, value in state.parameters.items()}
+
+
+@pytest.fixture(scope="module")
+def on_one_device(run_config, batches):
+    return two_updates(run_config, batches, (1, 1, 1))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+def test_every_mesh_gives_the_update_of_one_device(run_config, batches, on_one_device, sizes):
+    losses, parameters = two_updates(run_config, batches, sizes)
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=2e-6)
+    for name, wanted in on_one_device[1].items():
+        # Two updates of at most lr = 3e-3 each; a gradient near 0 may turn sign under rounding, hence not tighter.
+        np.testing.assert_allclose(parameters[name], wanted, rtol=0, atol=5e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("count", [2, 8])
+def test_micro_batches_give_the_update_of_one_batch(run_config, batches, on_one_device, count):
+    config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, accumulation_steps=count))
+    losses, parameters = two_updates(config, batches, (1, 1, 1))
+    np.testing.assert_allclose(losses, on_one_device[0], rtol=2e-6)
+    for name, wanted in on_one_device[1].items():
+        np.testing.assert_allclose(parameters[name], wanted, rtol=0, atol=5e-6, err_msg=name)
+
+
+def test_a_batch_that_does_not_divide_is_named(run_config):
+    config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, batch_size=6))
+    with pytest.raises(UsageError, match=r"batch_size=6 is not a multiple .* data×fsdp=8 .*nearest that is: 8"):
+        make_train_step(config, make_mesh(MeshConfig()))
+
+
+def test_adamw_is_optax_adamw_where_nothing_grew(run_config):
+    specs = declare_parameters(run_config.model)
+    config = OptimizerConfig(beta1=0.8, beta2=0.95, epsilon=1e-5, weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    parameters = {name: jnp.asarray(rng.normal(size=spec.shape), jnp.float32) for name, spec in specs.items()}
+    oracle = optax.adamw(
+        2e-3, b1=0.8, b2=0.95, eps=1e-5, weight_decay=0.1, mask={name: spec.decays for name, spec in specs.items()}
+    )
+    theirs, oracle_state = parameters, oracle.init(parameters)
+    first = {name: jnp.zeros_like(value) for name, value in parameters.items()}
+    second, ours = first, parameters
+    for step in range(3):
+        gradients = {name: jnp.asarray(rng.normal(size=spec.shape), jnp.float32) for name, spec in specs.items()}
+        updates, oracle_state = oracle.update(gradients, oracle_state, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+        ours, first, second = apply_adamw(
+            config, specs, init_multipliers(specs), ours, gradients, first, second, jnp.int32(step), jnp.float32(2e-3)
+        )
+    for name in parameters:
+        np.testing.assert_allclose(ours[name], theirs[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"schedule": "constant"}, {0: 0.1, 9: 1.0, 50: 1.0, 99: 1.0}),
+        ({"schedule": "cosine"}, {0: 0.1, 9: 1.0, 54: 0.55, 99: 0.1}),
+        ({"schedule": "wsd", "decay_steps": 20}, {0: 0.1, 9: 1.0, 79: 1.0, 89: 0.55, 99: 0.1}),
+    ],
+)
+def test_schedules_have_their_shape(fields, wanted):
+    schedule = make_schedule(OptimizerConfig(learning_rate=1.0, warmup_steps=10, **fields), total_steps=100)
+    assert {step: pytest.approx(float(schedule(jnp.int32(step))), abs=0.02) for step in wanted} == wanted
