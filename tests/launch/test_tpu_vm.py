@@ -1,4 +1,7 @@
+import json
+import os
 import shlex
+import shutil
 import stat
 import subprocess
 import sys
@@ -152,7 +155,6 @@ def cloud(tmp_path, monkeypatch):
     root = make_repository(tmp_path / "repository")
 
     def run(states, **options):
-        import json
 
         (folder / "states").write_text(json.dumps(states))
         job = JobSpec(("pretrain", "7"), "zh-base")
@@ -221,3 +223,14 @@ def test_a_dry_run_shows_the_whole_plan_and_writes_nothing(tmp_path):
     commands = [shlex.split(line) for line in shown.split("\n") if not line.startswith("#")]
     assert [command[4] for command in commands] == ["create", "describe", "scp", "ssh", "ssh", "delete"]
     assert sorted(root.rglob("*")) == before
+
+
+@pytest.mark.skipif(shutil.which("gcloud") is None, reason="the real gcloud, which knows its flags, is not installed")
+@pytest.mark.parametrize("changes", [{}, {"slices": 2, "capacity": "reserved"}], ids=["one slice", "two slices"])
+def test_the_real_gcloud_accepts_every_flag(tmp_path, changes):
+    offline = os.environ | {"CLOUDSDK_CONFIG": str(tmp_path), "CLOUDSDK_CORE_CHECK_GCE_METADATA": "false"}
+    for argv in make_plan(**changes):
+        ended = subprocess.run(argv, env=offline, capture_output=True, text=True, check=False)
+        # A wrong flag ends with 2; right ones get as far as the missing login.
+        assert ended.returncode == 1
+        assert "You do not currently have an active account" in ended.stderr
