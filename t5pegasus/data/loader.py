@@ -20,7 +20,7 @@ from grain.experimental import index_shuffle
 from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
 from t5pegasus.data.packing import load_packing
-from t5pegasus.data.shards import ExampleShards
+from t5pegasus.data.shards import Example, ExampleShards
 from t5pegasus.errors import ArtifactError, DataError
 
 _SHUFFLE_ROUNDS = 8
@@ -87,34 +87,43 @@ class PackedRows:
     def _fill(self, table_rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         starts = self.table.row_starts
         members = [
-            self.table.examples[starts[row] : starts[row + 1]]
-            if row < self.num_rows
-            else np.empty(0, np.int64)
+            self.table.examples[starts[row] : starts[row + 1]] if row < self.num_rows else np.empty(0, np.int64)
             for row in table_rows
         ]
         examples = self.shards.read(np.concatenate([np.empty(0, np.int64), *members]))
-        rows = np.repeat(np.arange(len(members)), [len(member) for member in members])
-        max_source, max_target = self.data.max_source_tokens, self.data.max_target_tokens
-        sources = [_truncate(example.source, max_source) for example in examples]
-        targets = [_truncate(example.target, max_target) for example in examples]
-        source, source_segments, source_positions = _place(
-            sources, rows, (len(members), max_source), self.pad_id
-        )
-        target, target_segments, target_positions = _place(
-            targets, rows, (len(members), max_target), self.pad_id
-        )
-        inside = target_segments > 0
-        moved = np.where(target_positions == 0, self.start_id, np.roll(target, 1, axis=1))
-        return {
-            "encoder_input_tokens": source,
-            "encoder_segment_ids": source_segments,
-            "encoder_positions": source_positions,
-            "decoder_input_tokens": np.where(inside, moved, self.pad_id).astype(np.int32),
-            "decoder_target_tokens": target,
-            "decoder_loss_weights": inside.astype(np.float32),
-            "decoder_segment_ids": target_segments,
-            "decoder_positions": target_positions,
-        }
+        return fill_rows(examples, [len(member) for member in members], self.data, self.pad_id, self.start_id)
+
+
+def fill_rows(
+    examples: Sequence[Example], counts: Sequence[int], data: DataConfig, pad_id: int, start_id: int
+) -> dict[str, np.ndarray]:
+    """The fields of `Batch` (without `row_ids`) for rows that hold these examples as their segments.
+
+    Args:
+        examples: those of the first row, then those of the second, and so on; longer than a row loses its end.
+        counts: how many each row holds; the packing sees to it that they fit together.
+        data: the lengths of a row.
+        pad_id: fills what is left.
+        start_id: the first decoder input of each segment.
+    """
+    rows = np.repeat(np.arange(len(counts)), counts)
+    max_source, max_target = data.max_source_tokens, data.max_target_tokens
+    sources = [_truncate(example.source, max_source) for example in examples]
+    targets = [_truncate(example.target, max_target) for example in examples]
+    source, source_segments, source_positions = _place(sources, rows, (len(counts), max_source), pad_id)
+    target, target_segments, target_positions = _place(targets, rows, (len(counts), max_target), pad_id)
+    inside = target_segments > 0
+    moved = np.where(target_positions == 0, start_id, np.roll(target, 1, axis=1))
+    return {
+        "encoder_input_tokens": source,
+        "encoder_segment_ids": source_segments,
+        "encoder_positions": source_positions,
+        "decoder_input_tokens": np.where(inside, moved, pad_id).astype(np.int32),
+        "decoder_target_tokens": target,
+        "decoder_loss_weights": inside.astype(np.float32),
+        "decoder_segment_ids": target_segments,
+        "decoder_positions": target_positions,
+    }
 
 
 def load_batches(
