@@ -225,6 +225,7 @@ def test_a_dry_run_shows_the_whole_plan_and_writes_nothing(tmp_path):
     assert sorted(root.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="the real gcloud, which knows its flags, is not installed")
 @pytest.mark.parametrize("changes", [{}, {"slices": 2, "capacity": "reserved"}], ids=["one slice", "two slices"])
 def test_the_real_gcloud_accepts_every_flag(tmp_path, changes):
