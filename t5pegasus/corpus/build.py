@@ -104,7 +104,9 @@ def build_examples(
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "inputs": describe_inputs(paths),
     }
-    num_workers = num_workers or count_cores()
+    num_workers = count_cores() if num_workers is None else num_workers
+    if num_workers < 1:
+        raise UsageError(f"num_workers={num_workers} must be at least 1")
     if _is_finished(output, request):
         return False
     with _open_workplace(output, request) as work:
@@ -119,7 +121,8 @@ def build_examples(
         num_units, documents = _make_units(paths, units, num_workers)
         documents = _write_shards(work, documents, num_units, config, tokenizer.unk_id, num_workers)
         if config.heldout_documents:
-            held = {"read": config.heldout_documents, "kept": config.heldout_documents, "dropped": {}}
+            num_heldout = config.heldout_documents
+            held = {"read": num_heldout, "kept": num_heldout, "heldout": 0, "dropped": {}}
             _complete(work, HELDOUT, {**request, "split": "heldout"}, held, tokenizer)
         _complete(work, TRAIN, {**request, "split": "train"}, documents, tokenizer)
         _folder_of(work, TRAIN).rename(output)
@@ -157,7 +160,8 @@ def _require_same(request: dict[str, Any], made_of: dict[str, Any], subject: str
 
 
 def _work_path(output: Path) -> Path:
-    return output.absolute().with_name(f".{output.name}.building")
+    output = output.absolute()
+    return output.with_name(f".{output.name}.building")
 
 
 def _folder_of(work: Path, fate: int) -> Path:

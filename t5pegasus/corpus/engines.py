@@ -53,8 +53,9 @@ def run_tasks(
             yield from (future.result() for future in done)
     except BrokenProcessPool as error:
         raise T5PegasusError(
-            f"one of the {num_workers} worker processes was killed, most likely for lack of memory; run the "
-            "same command again, it continues where it stopped (fewer workers need less memory)"
+            f"one of the {num_workers} worker processes ended early, most likely killed for lack of memory; run "
+            "the same command again, it continues where it stopped (fewer workers need less memory). A script "
+            "that starts workers must do so under `if __name__ == '__main__':`"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -286,7 +286,7 @@ def _die(task):
 
 
 def test_a_worker_that_dies_is_reported_not_waited_for():
-    with pytest.raises(T5PegasusError, match="killed"):
+    with pytest.raises(T5PegasusError, match="worker processes ended early"):
         list(run_tasks(functools.partial(functools.partial, _die), range(3), num_workers=2))
     assert list(run_tasks(functools.partial(functools.partial, _die), [], num_workers=2)) == []
 
