@@ -1,0 +1,173 @@
+"""`t5pegasus tokenizer train|encode|decode`: make a tokenizer folder, and look at what it does."""
+
+import dataclasses
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from t5pegasus.errors import ArtifactError, DataError, UsageError
+from t5pegasus.progress import Progress
+from t5pegasus.text.clean import clean_documents
+from t5pegasus.text.read import Document, check_paths, read_documents, read_lines_or_json
+from t5pegasus.text.tokenizer import Tokenizer, adopt_vocabulary, load_tokenizer
+from t5pegasus.text.tokenizer.folder import read_tokenizer_json
+
+NUM_COVERAGE_DOCUMENTS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a tokenizer on documents, or adopt an existing vocabulary file.
+
+    For example: t5pegasus tokenizer train --input corpus.jsonl.gz --output-path tokenizer --vocab-size 50000
+
+    Inputs are .jsonl, .jsonl.gz, .jsonl.zst (key `text`), .txt (blank lines between documents) or .parquet files.
+    The same inputs give the same tokenizer, byte for byte.
+    """
+
+    output_path: Path
+    """Folder to write: tokenizer.json and vocab.txt or spiece.model."""
+    input: tuple[Path, ...] = ()
+    """Files of documents."""
+    vocab_size: int = 50_000
+    """Number of entries, exactly."""
+    kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"
+    """wordpiece: T5-PEGASUS, dictionary words; sentencepiece: mT5, unigram with byte pieces."""
+    from_vocabulary: Path | None = None
+    """Adopt this vocab.txt or spiece.model as it is, instead of training."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Turn text into token ids: one line in, one line {"ids": […]} out.
+
+    For example: echo 今天天气不错 | t5pegasus tokenizer encode --tokenizer-path tokenizer
+    """
+
+    tokenizer_path: Path
+    """Folder written by `t5pegasus tokenizer train`."""
+    input: Path | None = None
+    """JSON lines with the key `text`, or plain lines; also .gz and .zst. Default: stdin."""
+    specials: bool = False
+    """With the special tokens that the encoder reads around a source."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """Turn token ids into text: one line {"ids": […]} in, one line {"text": …} out.
+
+    For example: t5pegasus tokenizer decode --tokenizer-path tokenizer --input ids.jsonl
+    """
+
+    tokenizer_path: Path
+    """Folder written by `t5pegasus tokenizer train`."""
+    input: Path | None = None
+    """JSON lines with the key `ids`, or plain lines of ids between spaces. Default: stdin."""
+
+
+def main(argv: list[str]) -> None:
+    """Parse the command and run it."""
+    args = tyro.cli(
+        Annotated[Train, tyro.conf.subcommand("train")]
+        | Annotated[Encode, tyro.conf.subcommand("encode")]
+        | Annotated[Decode, tyro.conf.subcommand("decode")],
+        prog="t5pegasus tokenizer",
+        description="Train a tokenizer on documents; encode and decode text with it.",
+        args=argv,
+    )
+    match args:
+        case Train():
+            _train(args)
+        case Encode():
+            tokenizer = load_tokenizer(args.tokenizer_path)
+            for record in read_lines_or_json(args.input or sys.stdin.buffer):
+                _write_line({"ids": _encode(tokenizer, record["text"], args.specials)})
+        case Decode():
+            tokenizer = load_tokenizer(args.tokenizer_path)
+            for record in read_lines_or_json(args.input or sys.stdin.buffer, key="ids"):
+                _write_line({"text": tokenizer.decode(_parse_ids(record["ids"]))})
+
+
+def _encode(tokenizer: Tokenizer, text: Any, specials: bool) -> list[int]:
+    if not isinstance(text, str):
+        raise DataError(f"text must be a string, got {text!r}")
+    return tokenizer.encode_source(text, sys.maxsize) if specials else tokenizer.encode(text)
+
+
+def _parse_ids(ids: Any) -> list[int]:
+    if isinstance(ids, str) and all(word.isdecimal() for word in ids.split()):
+        return [int(word) for word in ids.split()]
+    if isinstance(ids, list) and all(type(item) is int for item in ids):
+        return ids
+    raise DataError(f"ids must be a list of whole numbers, got {str(ids)[:60]!r}")
+
+
+def _write_line(record: dict[str, Any]) -> None:
+    sys.stdout.buffer.write(json.dumps(record, ensure_ascii=False).encode("utf-8") + b"\n")
+    sys.stdout.buffer.flush()
+
+
+def _train(args: Train) -> None:
+    if (args.from_vocabulary is None) == (not args.input):
+        raise UsageError("give either --input FILES to train on, or --from-vocabulary FILE to adopt")
+    request = _describe(args)
+    if (args.output_path / "tokenizer.json").is_file():
+        load_tokenizer(args.output_path)
+        _require_same(request, read_tokenizer_json(args.output_path).get("made_by", {}), args.output_path)
+        print(f"{args.output_path} is complete already, made the same way: nothing to do")
+        return
+    if args.from_vocabulary is not None:
+        tokenizer = adopt_vocabulary(args.from_vocabulary)
+        tokenizer.save(args.output_path, made_by=request)
+        print(f"adopted {args.from_vocabulary}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
+    else:
+        report = _train_on_documents(args, request)
+        print("\n".join(f"{key:<22} {value}" for key, value in report.items()))
+    inputs = " ".join(map(str, args.input)) or "FILES"
+    print(f"wrote {args.output_path}")
+    print(f"next: t5pegasus build {inputs} --tokenizer-path {args.output_path} --output-path examples")
+
+
+def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
+    from t5pegasus.text.tokenizer.training import measure_coverage, train_sentencepiece, train_wordpiece
+
+    dropped: Counter[str] = Counter()
+    with Progress("tokenizer: reading", unit="documents") as progress:
+        train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
+        tokenizer = train(_iterate_documents(args.input, dropped, progress), args.vocab_size)
+        num_documents = progress.done
+    some = islice(clean_documents(read_documents(args.input), Counter()), NUM_COVERAGE_DOCUMENTS)
+    report = {"documents": num_documents, "dropped": dict(sorted(dropped.items()))}
+    report |= {key: round(value, 6) for key, value in measure_coverage(tokenizer, some).items()}
+    tokenizer.save(args.output_path, made_by=request | {"report": report})
+    return report
+
+
+def _iterate_documents(paths: tuple[Path, ...], dropped: Counter[str], progress: Progress) -> Iterator[Document]:
+    for document in clean_documents(read_documents(paths, dropped), dropped):
+        progress.advance()
+        yield document
+
+
+def _describe(args: Train) -> dict[str, Any]:
+    """What decides the outcome; kept in the folder, to tell a finished stage from another request."""
+    if args.from_vocabulary is not None:
+        tokenizer = adopt_vocabulary(args.from_vocabulary)
+        return {"from_vocabulary": args.from_vocabulary.name, "fingerprint": tokenizer.fingerprint}
+    inputs = [{"file": path.name, "bytes": path.stat().st_size} for path in check_paths(args.input)]
+    return {"kind": args.kind, "vocab_size": args.vocab_size, "inputs": inputs}
+
+
+def _require_same(request: dict[str, Any], made_by: dict[str, Any], path: Path) -> None:
+    for field, wanted in request.items():
+        if made_by.get(field) != wanted:
+            raise ArtifactError(
+                f"{path} was made with {field}={made_by.get(field)!r}, now {field}={wanted!r} is asked for; "
+                "remove it or choose another output path"
+            )

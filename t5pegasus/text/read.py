@@ -1,0 +1,247 @@
+"""Reading documents from files, one at a time: JSON lines (plain, gzip, Zstandard), plain text, Parquet.
+
+A record that cannot be used is counted by reason and left out; a file that cannot be used stops the reading.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from t5pegasus.errors import DataError, UsageError
+from t5pegasus.text.lines import MAX_RECORD_BYTES, NOT_UTF8, TOO_LONG, read_lines
+
+NOT_JSON = "not valid JSON"
+NOT_AN_OBJECT = "not a JSON object"
+NO_TEXT = "no text"
+NOT_A_STRING = "a field is not a string"
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One text with what is known about it; `id` is unique within the files it was read from."""
+
+    id: str
+    text: str
+    title: str | None = None
+    source: str | None = None
+
+
+def read_documents(paths: Iterable[Path | str], dropped: Counter[str] | None = None) -> Iterator[Document]:
+    """Stream the documents of several files, in the order given, in bounded memory.
+
+    `.jsonl`, `.jsonl.gz`, `.jsonl.zst` hold one object per line with the keys `text` and, if known, `id`,
+    `title`, `source`; `.parquet` the same as columns; `.txt` one document per block between blank lines.
+    A document without an id is called `<file name>:<line number>`.
+
+    Args:
+        paths: files to read; all are looked at before the first is opened.
+        dropped: receives, per reason, the number of records that could not be used.
+
+    Raises:
+        UsageError: at once if a file is missing, empty or of an unknown kind; while reading if it is damaged.
+    """
+    checked = check_paths(paths)
+    return _read_all(checked, Counter() if dropped is None else dropped)
+
+
+def check_paths(paths: Iterable[Path | str]) -> list[Path]:
+    """The paths, each an existing, non-empty file of a kind that can be read.
+
+    Raises:
+        UsageError: naming the path and what to do.
+    """
+    checked = [Path(path) for path in paths]
+    if not checked:
+        raise UsageError("no input files were given; name at least one")
+    for path in checked:
+        if not path.exists():
+            raise UsageError(f"input {path} does not exist")
+        if path.is_dir():
+            raise UsageError(f"input {path} is a folder; name the files in it, e.g. {path}/*.jsonl")
+        _find_reader(path)
+        if path.stat().st_size == 0:
+            raise UsageError(f"input {path} is empty; leave it out or write it anew")
+    return checked
+
+
+def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[dict[str, Any]]:
+    """Records for a verb, one per line: JSON objects as they are, a line of plain text as `{key: line}`.
+
+    The first line that is not blank decides: if it is a JSON object, all lines must be objects that have
+    `key`. A blank line of plain text is a record with an empty text, so that line n stays answer n.
+
+    Args:
+        source: a file (also `.gz`, `.zst`) or an open binary stream such as `sys.stdin.buffer`.
+        key: the field the verb works on.
+
+    Raises:
+        UsageError: if the file is missing or damaged.
+        DataError: naming the line that is not UTF-8, not an object or lacks `key`.
+    """
+    is_json, num_blank = None, 0
+    # A stream line by line, not in chunks: someone may be typing, or a pipe may wait for the answer.
+    for number, line in read_lines(source) if isinstance(source, Path) else enumerate(source, start=1):
+        place = f"{source if isinstance(source, Path) else 'stdin'}:{number}"
+        if line is None:
+            raise DataError(f"{place} is {TOO_LONG}; split it")
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place} is {NOT_UTF8} ({error.reason} at byte {error.start}); convert it") from None
+        if is_json is None:
+            if not text.strip():
+                num_blank += 1
+                continue
+            is_json = text.lstrip().startswith("{") and isinstance(_parse_json(text), dict)
+            yield from ({key: ""} for _ in range(0 if is_json else num_blank))
+        if not is_json:
+            yield {key: text}
+        elif text.strip():
+            record = _parse_json(text)
+            if not isinstance(record, dict) or key not in record:
+                raise DataError(f"{place} must be a JSON object with the key {key!r}, got {text[:60]!r}")
+            yield record
+    if is_json is None:
+        yield from ({key: ""} for _ in range(num_blank))
+
+
+def _read_all(paths: list[Path], dropped: Counter[str]) -> Iterator[Document]:
+    for path in paths:
+        yield from _find_reader(path)(path, dropped)
+
+
+def _find_reader(path: Path):
+    for suffix, reader in _READERS.items():
+        if path.name.endswith(suffix):
+            return reader
+    raise UsageError(f"input {path} is of an unknown kind; known are {', '.join(_READERS)}")
+
+
+def _read_json_lines(path: Path, dropped: Counter[str]) -> Iterator[Document]:
+    for number, line in read_lines(path):
+        if line is None:
+            dropped[TOO_LONG] += 1
+            continue
+        if not line.strip():
+            continue
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError:
+            dropped[NOT_UTF8] += 1
+            continue
+        record = _parse_json(text)
+        if isinstance(record, dict):
+            document = _make_document(record, f"{path.name}:{number}", dropped)
+            if document is not None:
+                yield document
+        else:
+            dropped[NOT_JSON if record is None else NOT_AN_OBJECT] += 1
+
+
+def _parse_json(text: str) -> Any:
+    # RecursionError: "[[[[…" nested deeper than the interpreter's stack is bad data, not a bug.
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _make_document(record: dict[str, Any], default_id: str, dropped: Counter[str]) -> Document | None:
+    text, title, source, identifier = (record.get(key) for key in ("text", "title", "source", "id"))
+    if text is None:
+        dropped[NO_TEXT] += 1
+        return None
+    if isinstance(identifier, int):
+        identifier = str(identifier)
+    fields = (identifier or default_id, text, title, source)
+    if not all(field is None or isinstance(field, str) for field in fields):
+        dropped[NOT_A_STRING] += 1
+        return None
+    try:  # an escape such as \ud800 gives half a surrogate pair, which no file can hold
+        "".join(field for field in fields if field).encode("utf-8")
+    except UnicodeEncodeError:
+        dropped[NOT_UTF8] += 1
+        return None
+    return Document(*fields)
+
+
+def _read_text_blocks(path: Path, dropped: Counter[str]) -> Iterator[Document]:
+    block: list[bytes] = []
+    start = size = 0
+
+    def finish() -> Iterator[Document]:
+        if size > MAX_RECORD_BYTES:
+            dropped[TOO_LONG] += 1
+        elif block:
+            try:
+                text = b"\n".join(block).decode("utf-8-sig" if start == 1 else "utf-8")
+                yield Document(f"{path.name}:{start}", text)
+            except UnicodeDecodeError:
+                dropped[NOT_UTF8] += 1
+
+    for number, line in read_lines(path):
+        if line is not None and not line.strip():
+            yield from finish()
+            block, size = [], 0
+            continue
+        start = start if size else number
+        size += MAX_RECORD_BYTES + 1 if line is None else len(line) + 1
+        if line is not None and size <= MAX_RECORD_BYTES:
+            block.append(line.rstrip(b"\r"))
+        else:
+            block = []
+    yield from finish()
+
+
+def _read_parquet(path: Path, dropped: Counter[str]) -> Iterator[Document]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError:
+        raise UsageError(f"input {path} needs pyarrow, which is not installed: pip install 't5pegasus[data]'") from None
+    try:
+        with pq.ParquetFile(path) as file:
+            names = [key for key in ("text", "id", "title", "source") if key in file.schema_arrow.names]
+            if "text" not in names:
+                raise UsageError(f"input {path} has no column 'text'; it has {', '.join(file.schema_arrow.names)}")
+            row = 0
+            for batch in file.iter_batches(batch_size=256, columns=names):
+                # As bytes: one row that is not UTF-8 would otherwise take its whole batch along.
+                columns = {name: _column_to_bytes(pa, batch.column(name)) for name in names}
+                for values in zip(*columns.values(), strict=True):
+                    row += 1
+                    try:
+                        record = {
+                            name: value.decode("utf-8") if isinstance(value, bytes) else value
+                            for name, value in zip(columns, values, strict=True)
+                        }
+                    except UnicodeDecodeError:
+                        dropped[NOT_UTF8] += 1
+                        continue
+                    document = _make_document(record, f"{path.name}:{row}", dropped)
+                    if document is not None:
+                        yield document
+    except pa.ArrowException as error:
+        raise UsageError(f"input {path} is not a whole Parquet file ({error}); write it anew") from None
+
+
+def _column_to_bytes(pa: Any, column: Any) -> list[Any]:
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type):
+        column = column.cast(pa.binary())
+    elif pa.types.is_large_string(column.type):
+        column = column.cast(pa.large_binary())
+    return column.to_pylist()
+
+
+_READERS = {
+    ".jsonl": _read_json_lines,
+    ".jsonl.gz": _read_json_lines,
+    ".jsonl.zst": _read_json_lines,
+    ".txt": _read_text_blocks,
+    ".parquet": _read_parquet,
+}

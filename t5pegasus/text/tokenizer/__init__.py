@@ -1,0 +1,104 @@
+"""Tokenizers behind one protocol: T5-PEGASUS wordpiece and mT5 sentencepiece, as folders on disk.
+
+A tokenizer folder holds `tokenizer.json` (kind, ids of the specials, fingerprint) and `vocab.txt` or
+`spiece.model`, the same files other tools read.
+"""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from t5pegasus.errors import ArtifactError, UsageError
+
+
+class Tokenizer(Protocol):
+    """What every stage asks of a tokenizer; ids are Python ints below `vocab_size`."""
+
+    kind: str
+    """`wordpiece` or `sentencepiece`."""
+    vocab_size: int
+    pad_id: int
+    unk_id: int
+    start_id: int
+    """The first decoder input; the loader prepends it, `encode_target` does not."""
+    end_id: int
+    fingerprint: str
+    """SHA-256 (hex) of all that decides the ids of a text."""
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text without specials."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids; specials and unknowns vanish.
+
+        Raises:
+            UsageError: for an id that is not in the vocabulary.
+        """
+        ...
+
+    def encode_source(self, text: str, max_tokens: int) -> list[int]:
+        """What the encoder reads: at most `max_tokens` ids with the specials, which truncation spares."""
+        ...
+
+    def encode_target(self, text: str, max_tokens: int) -> list[int]:
+        """What the decoder learns to write: at most `max_tokens` ids, the last of them `end_id`."""
+        ...
+
+    def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
+        """Write the tokenizer folder, whole or not at all.
+
+        Args:
+            path: the folder to create; an empty one may exist.
+            made_by: JSON to keep with it, e.g. the request and report of its training.
+
+        Raises:
+            UsageError: if something is already there.
+        """
+        ...
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """The tokenizer of a folder written by `Tokenizer.save`.
+
+    Raises:
+        ArtifactError: if the folder is no tokenizer, of another schema, or its files were changed.
+    """
+    from t5pegasus.text.tokenizer.folder import read_tokenizer_json
+
+    path = Path(path)
+    if path.is_file():
+        raise ArtifactError(
+            f"tokenizer {path} is a file, a tokenizer folder was wanted; make one with "
+            f"t5pegasus tokenizer train --from-vocabulary {path} --output-path FOLDER"
+        )
+    facts = read_tokenizer_json(path)
+    file_name = {"wordpiece": "vocab.txt", "sentencepiece": "spiece.model"}.get(str(facts.get("kind")))
+    if file_name is None:
+        raise ArtifactError(f"{path}: kind {facts.get('kind')!r} is unknown; wordpiece or sentencepiece was wanted")
+    tokenizer = adopt_vocabulary(path / file_name)
+    for field in ("vocab_size", "fingerprint"):
+        if facts.get(field) != getattr(tokenizer, field):
+            raise ArtifactError(
+                f"{path}: {field} of {file_name} is {getattr(tokenizer, field)}, tokenizer.json says "
+                f"{facts.get(field)}; the folder was changed: restore it or adopt {file_name} anew"
+            )
+    return tokenizer
+
+
+def adopt_vocabulary(path: Path | str) -> Tokenizer:
+    """A tokenizer of an existing vocabulary: a BERT-style `*.txt` list, or a sentencepiece `*.model`.
+
+    Raises:
+        ArtifactError: if the file is missing or lacks what the tokenizer needs.
+        UsageError: if it is neither kind of file.
+    """
+    path = Path(path)
+    if path.suffix == ".txt":
+        from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer, read_vocabulary
+
+        return WordpieceTokenizer(read_vocabulary(path))
+    if path.suffix == ".model":
+        from t5pegasus.text.tokenizer.sentencepiece import SentencepieceTokenizer, read_model
+
+        return SentencepieceTokenizer(read_model(path), name=str(path))
+    raise UsageError(f"vocabulary {path} must be a *.txt (wordpiece) or *.model (sentencepiece) file")
