@@ -1,0 +1,46 @@
+"""`t5pegasus convert`: a Hugging Face folder becomes a checkpoint, a checkpoint a Hugging Face folder."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Turn a Hugging Face T5.1.1 or mT5 folder into a checkpoint, or a checkpoint into a Hugging Face folder.
+
+    For example: t5pegasus convert runs/tiny exported/tiny
+
+    SOURCE decides the direction. A Hugging Face folder has config.json and model.safetensors of an untied model with
+    gated GELU; the checkpoint made of it can be fine-tuned, grown and trained on. What does not fit is refused.
+    """
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    """Checkpoint, run (its last good checkpoint is meant) or Hugging Face folder."""
+    output: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")]
+    """Folder to create."""
+    tokenizer_path: Path | None = None
+    """Tokenizer folder for a Hugging Face source; without it, the source's own spiece.model or vocab.txt is adopted."""
+
+
+def main(argv: list[str]) -> None:
+    """Convert, and print the folder written and what to do with it."""
+    args = tyro.cli(Convert, prog="t5pegasus convert", args=argv)
+    from t5pegasus.convert.hf import export_hf, import_hf, is_hf_folder
+    from t5pegasus.errors import UsageError
+
+    if is_hf_folder(args.source):
+        imported = import_hf(args.source, args.output, args.tokenizer_path)
+        if imported.num_padding_rows:
+            print(f"left out: the last {imported.num_padding_rows} rows of the vocabulary, which belong to no token")
+        print(f"tokenizer: {imported.tokenizer.kind}, {imported.tokenizer.vocab_size:,} tokens")
+        print(f"checkpoint: {imported.path}")
+        print(f"next: t5pegasus finetune {imported.path} --train-path PAIRS.jsonl --run-path runs/finetune")
+        return
+    if args.tokenizer_path is not None:
+        raise UsageError(f"--tokenizer-path is for a Hugging Face source; {args.source} brings its own tokenizer")
+    path = export_hf(args.source, args.output)
+    print(f"Hugging Face folder: {path}")
+    print(f"next: (cd {path} && sha256sum --check SHA256SUMS); transformers loads it as MT5ForConditionalGeneration")

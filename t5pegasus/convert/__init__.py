@@ -1,0 +1,1 @@
+"""Exchange of checkpoints with other formats."""
