@@ -14,6 +14,7 @@ from growth.plan import plan_growth
 from growth.verify import Receipt
 from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
 from t5pegasus.errors import ArtifactError
+from t5pegasus.evaluate import Scores
 from t5pegasus.report import write_report
 from t5pegasus.report.chart import Line, draw_lines, nice_ticks
 from t5pegasus.report.runs import group_runs, load_runs
@@ -145,6 +146,13 @@ def flow(tmp_path: Path) -> Path:
         finetune / "summaries.jsonl",
         [{"source": "鲸是哺乳动物。" * 30, "reference": "鲸用肺呼吸。", "summary": HOSTILE}],
     )
+    figures = {
+        "model": {"rouge-1": 31.25, "rouge-2": 12.5, "rouge-l": 28.0},
+        "lead": {"rouge-1": 40.0, "rouge-2": 27.0, "rouge-l": 35.0},
+    }
+    lengths = {"model": 17.25, "lead": 60.0, "reference": 19.0}
+    scores = Scores(str(last), 300, 1000, {"no summary": 3}, 3.5, 0.41, figures, lengths, {"num_beams": 4})
+    write_json(finetune / "scores.json", scores.to_json())
     return finetune
 
 
@@ -180,6 +188,22 @@ def test_seam_and_receipt_are_shown(flow: Path, tmp_path: Path):
     assert "3.30e-06" in page
     assert "+2.4e-09" in page
     assert "448,000" in page
+
+
+def test_scores_and_summaries_are_shown(flow: Path, tmp_path: Path):
+    write_report([flow], tmp_path / "report.html")
+    words = read_page(tmp_path / "report.html").words
+    assert {"31.2 / 12.5 / 28.0", "31.25", "40.00", "17.2", "no summary 3", "num_beams 4", "鲸用肺呼吸。"} <= set(words)
+
+
+def test_losses_that_were_not_measured_are_not_made_up(flow: Path, tmp_path: Path):
+    write_report([flow], tmp_path / "before.html")
+    grown = flow.parent / "continue" / "metrics.jsonl"
+    with grown.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "heldout", "step": 500, "loss": 4.5, "accuracy": 0.2}) + "\n")
+    write_report([flow], tmp_path / "after.html")
+    assert "before growth → at the end" in read_page(tmp_path / "before.html").words
+    assert "before growth → right after → at the end" in read_page(tmp_path / "after.html").words
 
 
 def test_hostile_text_stays_text(flow: Path, tmp_path: Path):

@@ -43,11 +43,10 @@ def _receipt(run: Run, growth: Growth) -> Markup:
         ("plan", receipt["plan_hash"]),
         ("checkpoint", growth.path),
     ]
-    around = heldout_around_growth(run)
-    if around is not None and run.growths[-1] is growth:
-        last = run.curve("heldout", "loss")
-        end = f" → {last[-1][1]:.4f} at step {show(last[-1][0])}" if last else ""
-        facts.insert(5, ("held-out loss", f"{around[0]:.4f} before → {around[1]:.4f} right after ({around[2]}){end}"))
+    if run.growths[-1] is growth:
+        losses = heldout_around_growth(run)
+        shown = " → ".join(f"{loss:.4f} {when}" for when, loss in losses.items())
+        facts.append(("held-out loss, nats per token", shown or "not measured"))
     measured = table(("Measured", ""), facts, "facts")
     return Markup(f'<div class="panel"><p class="verdict">{escape(verdict)}</p>{changes}{measured}</div>')
 

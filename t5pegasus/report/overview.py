@@ -35,20 +35,15 @@ def describe_growth(growth: Growth) -> list[str]:
     return [f"{field} {source[field]} → {target[field]}" for field in GROWN_FIELDS if source[field] != target[field]]
 
 
-def heldout_around_growth(run: Run) -> tuple[float, float, str] | None:
-    """Held-out loss before the growth that a run began with, right after it, and where the numbers are from.
-
-    The run's own measurement at the seam counts; without one, the receipt's on the text it names.
-    """
-    if not run.growths:
-        return None
-    growth = run.growths[-1]
-    before = [loss for step, loss in run.parent.curve("heldout", "loss") if step == growth.step] if run.parent else []
-    after = [loss for step, loss in run.curve("heldout", "loss") if step == growth.step]
-    if before and after:
-        return before[-1], after[0], "held-out records"
-    nll = growth.receipt["source_nll"]
-    return nll, nll + growth.receipt["nll_difference"], "growth receipt"
+def heldout_around_growth(run: Run) -> dict[str, float]:
+    """Held-out losses before the growth a run began with, right after it and at the end: those that were measured."""
+    step = run.growths[-1].step
+    before = [loss for at, loss in run.parent.curve("heldout", "loss") if at == step] if run.parent else []
+    own = run.curve("heldout", "loss")
+    after = [loss for at, loss in own if at == step]
+    end = [loss for at, loss in own if at > step]
+    measured = {"before growth": before[-1:], "right after": after[:1], "at the end": end[-1:]}
+    return {when: losses[0] for when, losses in measured.items() if losses}
 
 
 def _tile(label: str, chinese: str, value: str, note: str = "") -> Markup:
@@ -78,16 +73,16 @@ def _steps(chain: Sequence[Run]) -> Markup:
 
 def _heldout(chain: Sequence[Run]) -> Markup:
     grown = next((run for run in reversed(chain) if run.growths), None)
-    around = heldout_around_growth(grown) if grown else None
-    if grown is not None and around is not None:
-        last = grown.curve("heldout", "loss")
-        values = [*around[:2], *([last[-1][1]] if last else [])]
-        note = f"before growth → right after{' → at the end' if last else ''} ({around[2]} at the seam)"
-        return _tile("Held-out loss", "验证损失", " → ".join(f"{value:.3f}" for value in values), note)
-    losses = chain[-1].curve("heldout", "loss")
+    if grown is not None:
+        losses = heldout_around_growth(grown)
+        note = " → ".join(losses)
+    else:
+        ends = chain[-1].curve("heldout", "loss")
+        losses = {"first": ends[0][1], "last": ends[-1][1]} if ends else {}
+        note = "first → last measurement"
     if not losses:
         return _tile("Held-out loss", "验证损失", "not measured", "no held-out examples were given")
-    return _tile("Held-out loss", "验证损失", f"{losses[0][1]:.3f} → {losses[-1][1]:.3f}", "first → last measurement")
+    return _tile("Held-out loss", "验证损失", " → ".join(f"{loss:.3f}" for loss in losses.values()), note)
 
 
 def _growth(chain: Sequence[Run]) -> Markup:

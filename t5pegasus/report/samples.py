@@ -8,6 +8,8 @@ from t5pegasus.report.runs import Json, Run
 
 MAX_SAMPLES = 8
 METRICS = ("rouge-1", "rouge-2", "rouge-l")
+DETAILS = ("dropped", "generation")
+"""Parts of scores.json that are objects themselves."""
 
 
 class Rouge(NamedTuple):
@@ -19,7 +21,7 @@ class Rouge(NamedTuple):
 
 def read_rouge(scores: Json | None) -> Rouge | None:
     """The ROUGE figures of a scores.json, None if there are none."""
-    if scores is None or "rouge" not in scores:
+    if scores is None:
         return None
     rouge = scores["rouge"]
     return Rouge(*(" / ".join(f"{rouge[system][metric]:.1f}" for metric in METRICS) for system in ("model", "lead")))
@@ -41,8 +43,26 @@ def show_samples(runs: Sequence[Run]) -> Markup:
 
 
 def _scores(run: Run, scores: Json) -> Markup:
-    rows = [(name, value) for name, value in scores.items() if not isinstance(value, dict)]
-    return Markup(f'<div class="panel"><h3>{escape(run.name)}</h3>{table(("Score", ""), rows, "facts")}</div>')
+    """ROUGE by system, then whatever else the evaluation says, in its own words."""
+    systems = scores["mean_characters"]
+    rouge = table(
+        ("System", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Characters"),
+        (
+            (system, *(_figure(scores["rouge"].get(system), metric) for metric in METRICS), f"{characters:.1f}")
+            for system, characters in systems.items()
+        ),
+    )
+    rest = [(name, value) for name, value in scores.items() if not isinstance(value, dict) and name != "schema"]
+    rest += [
+        (name, ", ".join(f"{key} {show(item)}" for key, item in scores[name].items()) or "none") for name in DETAILS
+    ]
+    return Markup(
+        f'<div class="panel"><h3>{escape(run.name)}</h3>{rouge}{table(("Evaluation", ""), rest, "facts")}</div>'
+    )
+
+
+def _figure(figures: dict[str, float] | None, metric: str) -> str:
+    return "" if figures is None else f"{figures[metric]:.2f}"
 
 
 def _summaries(run: Run) -> Markup:
