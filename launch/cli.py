@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -110,7 +111,15 @@ def _dispatch(argv: list[str]) -> int:
             return 0
     name, *arguments = argv
     find_verb(name)
+    _log_to_stderr()
     return importlib.import_module(Verb.module(name)).main(arguments) or 0
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    # Checkpoints are written without OCDBT on purpose; at each one Orbax warns that it found none to merge.
+    handler.addFilter(lambda record: "Skipping merge of OCDBT checkpoints" not in record.getMessage())
+    logging.basicConfig(handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
 
 
 def _report(error: BaseException, speaker: str) -> int:

@@ -1,8 +1,7 @@
-"""Making a process ready for JAX: logs, compiled programs kept between runs, the other processes of the job."""
+"""Making a process ready for JAX: compiled programs kept between runs, the other processes of its job."""
 
 import dataclasses
 import hashlib
-import logging
 import os
 import platform
 import re
@@ -23,15 +22,14 @@ def is_one_of_several() -> bool:
 def init_distributed() -> None:
     """Make this process ready to use JAX: call it first in every verb that does.
 
-    Sends log messages to stderr, keeps compiled programs between runs, and joins the other processes if the
-    environment says there are any. In a job of several processes results come once: process 0 keeps stdout,
-    what the others print goes to stderr, and so does what the C++ libraries print themselves.
+    Keeps compiled programs between runs, and joins the other processes if the environment says there are any.
+    In a job of several processes results come once: process 0 keeps stdout, what the others print goes to
+    stderr, and so does what the C++ libraries print themselves.
 
     Raises:
         UsageError: the environment describes a job of several processes incompletely.
     """
     global _is_one_of_several  # noqa: PLW0603 - a process joins once, like the JAX state this mirrors
-    logging.basicConfig(stream=sys.stderr, format="%(levelname)s %(name)s: %(message)s")
     group = find_process_group(os.environ)
     if group is None and not is_tpu_vm(os.environ):
         _keep_compiled_programs()
@@ -44,6 +42,8 @@ def init_distributed() -> None:
 
     import jax
 
+    # JAX's preemption service would catch SIGTERM and wait for a training loop to ask about it: the job ran on.
+    jax.config.update("jax_enable_preemption_service", False)
     if group is not None:
         jax.distributed.initialize(**dataclasses.asdict(group), cluster_detection_method="deactivate")
         process_id = group.process_id

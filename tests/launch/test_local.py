@@ -48,7 +48,14 @@ sys.modules[module.__name__] = module
 sys.exit(cli.main(["pretrain"]))
 """
 
-IGNORE_NOTHING = "import time; print('ready', flush=True); time.sleep(600)"
+JOIN_AND_WAIT = """
+import time
+from launch.processes import init_distributed
+
+init_distributed()
+print("joined", flush=True)
+time.sleep(600)
+"""
 
 
 def test_two_processes_share_one_mesh_and_results_come_once(capfdbinary):
@@ -70,11 +77,11 @@ def test_a_failing_process_ends_the_others_and_is_blamed(capfd):
 def test_signals_reach_every_process_and_nothing_stays_behind(tmp_path):
     script = (
         "import sys; from launch.backends.local import run_locally; "
-        f"sys.exit(run_locally([sys.executable, '-c', {IGNORE_NOTHING!r}], 2))"
+        f"sys.exit(run_locally([sys.executable, '-c', {JOIN_AND_WAIT!r}], 2))"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
-        assert launcher.stdout.readline() == b"ready\n"
+        assert launcher.stdout.readline() == b"joined\n"
         children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(timeout=60) == 128 + signal.SIGTERM
