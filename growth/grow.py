@@ -171,7 +171,7 @@ def _load_evidence(
     """Batches to compare the models on, and what they are."""
     model, data = info.config.model, info.config.data
     if examples_path is None:
-        return draw_batches(model, data, seed), f"random tokens (seed {seed})"
+        return draw_batches(model, data, seed), f"random tokens, seed {seed}"
     heldout_path = examples_path / "heldout"
     if heldout_path.is_dir():
         examples_path = heldout_path

@@ -5,6 +5,7 @@ the source model is the floor below which “the same function” cannot be told
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,7 +63,7 @@ class Receipt:
         return (
             f"max |Δlogit| {self.max_logit_difference:.1e} ({self.floor_ratio:.2f} × the permutation floor "
             f"{self.floor_max_logit_difference:.1e}{bitwise}), ΔNLL {self.nll_difference:+.1e} on "
-            f"{self.num_target_tokens:,} tokens of {self.evidence}, parameters {self.source_parameters:,} → "
+            f"{self.num_target_tokens:,} target tokens ({self.evidence}), parameters {self.source_parameters:,} → "
             f"{self.grown_parameters:,}, plan {self.plan_hash[:12]}"
         )
 
@@ -83,23 +84,15 @@ def measure_growth(
     specs = declare_parameters(plan.source)
     orders = [_draw_orders(specs, np.random.default_rng((plan.seed, draw))) for draw in range(NUM_PERMUTATIONS)]
     unchanged = {axis: np.arange(len(order)) for axis, order in orders[0].items()}
-
-    @jax.jit
-    def source_logits(parameters: Arrays, order: Arrays, batch: Batch) -> jax.Array:
-        return bind(plan.source, permute_entries(parameters, specs, order))(batch)
-
-    @jax.jit
-    def grown_logits(parameters: Arrays, batch: Batch) -> jax.Array:
-        return bind(plan.target, parameters)(batch)
-
+    source, grown = jax.device_put((source, grown))
     growth, floors = _Difference(), [_Difference() for _ in orders]
     # TPUs and GPUs would otherwise round the factors of float32 products, and that floor would hide faults.
     with jax.default_matmul_precision("highest"):
         for batch in batches:
-            reference = source_logits(source, unchanged, batch)
-            growth = growth.add(_compare(reference, grown_logits(grown, batch), batch))
+            reference = _permuted_logits(plan.source, source, unchanged, batch)
+            growth = growth.add(_compare(reference, _logits(plan.target, grown, batch), batch))
             for draw, order in enumerate(orders):
-                permuted = source_logits(source, order, batch)
+                permuted = _permuted_logits(plan.source, source, order, batch)
                 floors[draw] = floors[draw].add(_compare(reference, permuted, batch))
     floor = float(np.max([each.largest for each in floors]))
     return Receipt(
@@ -191,6 +184,16 @@ class _Difference(NamedTuple):
         return math.sqrt(self.square / (self.weight * config.vocab_size))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, parameters: Arrays, batch: Batch) -> jax.Array:
+    return bind(config, parameters)(batch)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _permuted_logits(config: ModelConfig, parameters: Arrays, orders: Arrays, batch: Batch) -> jax.Array:
+    return bind(config, permute_entries(parameters, declare_parameters(config), orders))(batch)
+
+
 @jax.jit
 def _compare(reference: jax.Array, other: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
     counted = (batch.decoder_loss_weights > 0)[..., None]
@@ -199,7 +202,9 @@ def _compare(reference: jax.Array, other: jax.Array, batch: Batch) -> tuple[jax.
         sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights) for logits in (reference, other)
     )
     square = jnp.sum(jnp.square(difference))
-    return jnp.max(jnp.abs(difference)), square, before.nll, after.nll, before.weight
+    # XLA's maximum passes over NaN on some devices (of NaN alone it is -inf on the CPU); a sum never does.
+    largest = jnp.where(jnp.isfinite(square), jnp.max(jnp.abs(difference)), jnp.nan)
+    return largest, square, before.nll, after.nll, before.weight
 
 
 def _draw_orders(specs: Mapping[str, ParamSpec], random: np.random.Generator) -> dict[str, np.ndarray]:

@@ -1,0 +1,188 @@
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import growth.grow
+from growth.grow import grow_checkpoint
+from growth.plan import plan_growth
+from growth.verify import LARGEST_FLOOR_RATIO
+from launch import cli
+from launch.verbs.grow import choose_target, default_output_path
+from t5pegasus.checkpoint import has_optimizer_state, load_arrays, load_checkpoint_info, verify_checkpoint
+from t5pegasus.config import ModelConfig
+from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.presets import preset
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SIZES = {"d_model": 17, "num_heads": 3, "num_decoder_layers": 2}
+TO = ",".join(f"{field}={size}" for field, size in SIZES.items())
+
+
+@pytest.fixture(scope="session")
+def target(checkpoint_path) -> ModelConfig:
+    return dataclasses.replace(load_checkpoint_info(checkpoint_path).config.model, **SIZES)
+
+
+@pytest.fixture(scope="session")
+def grown(checkpoint_path, target, tmp_path_factory):
+    return grow_checkpoint(checkpoint_path, target, tmp_path_factory.mktemp("grown") / "grown", seed=3)
+
+
+def lasting_bytes(folder: Path) -> dict[str, bytes]:
+    """Every file but those in which Orbax notes time and place of writing, and the manifest with their checksums."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not file.name.startswith(("_", "commit_success")) and file != folder / "manifest.json"
+    }
+
+
+def test_a_grown_checkpoint_is_one_of_the_same_form(checkpoint_path, target, grown):
+    verify_checkpoint(grown.path)
+    before, after = load_checkpoint_info(checkpoint_path), load_checkpoint_info(grown.path)
+    assert after.config == dataclasses.replace(before.config, model=target)
+    for field in ("step", "rows", "compute_dtype", "tokenizer_fingerprint", "examples_fingerprint", "history"):
+        assert getattr(after, field) == getattr(before, field)
+    arrays, sources = load_arrays(grown.path), load_arrays(checkpoint_path)
+    assert {name: array.dtype for name, array in arrays.items()} == {name: a.dtype for name, a in sources.items()}
+    for name, spec in declare_parameters(target).items():
+        for group in ("parameters", "first_moment", "second_moment"):
+            assert arrays[f"{group}.{name}"].shape == spec.shape
+    assert (grown.path / "tokenizer" / "vocab.txt").read_bytes() == (
+        checkpoint_path / "tokenizer" / "vocab.txt"
+    ).read_bytes()
+
+
+def test_the_lineage_names_plan_and_source(checkpoint_path, target, grown):
+    (entry,) = load_checkpoint_info(grown.path).lineage
+    plan = plan_growth(load_checkpoint_info(checkpoint_path).config.model, target, 3)
+    assert entry["plan_hash"] == plan.hash == grown.plan.hash
+    assert entry["plan"] == json.loads(json.dumps(plan.to_json()))
+    assert entry["source_fingerprint"] == verify_checkpoint(checkpoint_path)["fingerprint"]
+    assert entry["step"] == 30
+
+
+def test_the_receipt_is_saved_and_within_rounding(grown):
+    receipt = json.loads((grown.path / "receipt.json").read_text(encoding="utf-8"))
+    assert receipt["plan_hash"] == grown.plan.hash
+    assert receipt["max_logit_difference"] <= LARGEST_FLOOR_RATIO * receipt["floor_max_logit_difference"] < 1e-4
+    assert receipt["num_permutations"] >= 8
+    assert abs(receipt["nll_difference"]) < 1e-5
+    assert receipt["evidence"] == "random tokens, seed 3"
+    assert receipt["source_parameters"] < receipt["grown_parameters"]
+
+
+def test_a_finished_growth_run_again_says_so_and_another_one_is_refused(
+    checkpoint_path, converted_path, target, grown, tmp_path
+):
+    before = lasting_bytes(grown.path)
+    again = grow_checkpoint(checkpoint_path, target, grown.path, seed=3)
+    assert again.already_there
+    assert again.receipt == grown.receipt
+    with pytest.raises(ArtifactError, match=rf"another plan: {grown.plan.hash[:12]}"):
+        grow_checkpoint(checkpoint_path, target, grown.path, seed=4)
+    with pytest.raises(ArtifactError, match="another source checkpoint"):
+        grow_checkpoint(converted_path, target, grown.path, seed=3)
+    with pytest.raises(ArtifactError, match="no grown checkpoint"):
+        grow_checkpoint(checkpoint_path, target, tmp_path, seed=3)
+    assert lasting_bytes(grown.path) == before
+
+
+def test_a_checkpoint_without_optimizer_state_grows_too(converted_path, target, tmp_path):
+    done = grow_checkpoint(converted_path, target, tmp_path / "grown")
+    assert not has_optimizer_state(done.path)
+    assert {f"parameters.{name}" for name in declare_parameters(target)} < load_arrays(done.path).keys()
+
+
+def test_growth_is_compared_on_heldout_text_of_the_same_tokenizer(
+    checkpoint_path, target, examples_path, foreign_examples_path, tmp_path
+):
+    done = grow_checkpoint(checkpoint_path, target, tmp_path / "grown", examples_path=examples_path)
+    assert done.receipt.evidence == str(examples_path / "heldout")
+    assert done.receipt.num_target_tokens == 10 * 4
+    with pytest.raises(UsageError, match=f"tokenizer of checkpoint .* is {'f' * 64}, .* is {'a' * 64}"):
+        grow_checkpoint(checkpoint_path, target, tmp_path / "other", examples_path=foreign_examples_path)
+
+
+@pytest.mark.parametrize("error", [1e-4, np.nan])
+def test_a_growth_that_changes_the_function_is_refused_and_leaves_nothing(
+    checkpoint_path, target, tmp_path, monkeypatch, error
+):
+    exact = growth.grow.grow_state
+
+    def inexact(*arguments):
+        state = exact(*arguments)
+        name = "decoder.final_norm"
+        return state._replace(parameters=state.parameters | {name: state.parameters[name] * np.float32(1 + error)})
+
+    monkeypatch.setattr(growth.grow, "grow_state", inexact)
+    with pytest.raises(ArtifactError, match=r"max \|Δlogit\| is .* permutation floor = "):
+        grow_checkpoint(checkpoint_path, target, tmp_path / "grown")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_and_run_again_it_writes_the_same_bytes(checkpoint_path, grown, tmp_path, capsys):
+    output_path = tmp_path / "grown"
+    command = ["grow", str(checkpoint_path), "--to", TO, "--seed", "3", "--output-path", str(output_path)]
+    killed = (
+        "import os, signal, growth.grow\n"
+        "growth.grow.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"  # arrays written, receipt not
+        f"from launch.cli import main; main({command})"
+    )
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [sys.executable, "-c", killed], cwd=tmp_path, env=environment, check=False, capture_output=True, timeout=240
+    )
+    assert result.returncode == -9, result.stderr.decode()
+    assert not output_path.exists()
+    assert (tmp_path / "grown.unfinished" / "arrays").is_dir()
+    assert cli.main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
+    assert lasting_bytes(output_path) == lasting_bytes(grown.path)
+    printed = capsys.readouterr().out
+    for expected in (
+        "d_model",
+        "12 → 17",
+        "receipt: max |Δlogit|",
+        f"checkpoint: {output_path}",
+        "next: t5pegasus pretrain",
+    ):
+        assert expected in printed
+    assert cli.main(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_the_target_is_the_source_with_the_sizes_that_were_named():
+    source = dataclasses.replace(preset("base").model, vocab_size=999, dropout_rate=0.0)
+    nothing = dict.fromkeys(("d_model", "d_ff", "num_heads", "d_kv", "num_encoder_layers", "num_decoder_layers"))
+    large = preset("large").model
+    assert choose_target(source, "large", nothing) == dataclasses.replace(large, vocab_size=999, dropout_rate=0.0)
+    named = choose_target(source, "d_model=800, d_ff=4096", nothing | {"d_model": 900})
+    assert named == dataclasses.replace(source, d_model=900, d_ff=4096)
+
+
+@pytest.mark.parametrize(
+    ("to", "message"),
+    [
+        ("lage", "perhaps you meant 'large'"),
+        ("d_modle=96", "perhaps you meant 'd_model'"),
+        ("vocab_size=96", "'vocab_size' cannot be grown"),
+        ("d_model=wide", "d_model='wide' is not a whole number"),
+        (None, "nothing says how large"),
+    ],
+)
+def test_a_target_that_cannot_be_read_is_refused_with_the_nearest_one(to, message):
+    with pytest.raises(UsageError, match=message):
+        choose_target(ModelConfig(), to, {"d_model": None, "d_ff": None})
+
+
+def test_output_lies_beside_the_run_unless_said_otherwise(tmp_path):
+    assert default_output_path(tmp_path / "run") == tmp_path / "run-grown"
+    assert default_output_path(tmp_path / "run" / "checkpoints" / "30") == tmp_path / "run-grown"
