@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
+# Orbax warns at every save that there is no OCDBT to merge, although it was told to write none.
+logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:

@@ -3,10 +3,13 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Annotated, cast
 
 import tyro
 
+from launch.verbs.pretrain import report_result
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
+from t5pegasus.errors import UsageError
 
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=50, beta2=0.999)
 DEFAULT_TRAIN = TrainConfig(
@@ -20,16 +23,18 @@ class Finetune:
 
     For example: t5pegasus finetune runs/tiny --train-path train.jsonl --heldout-path dev.jsonl --run-path runs/title
 
-    The pairs become example shards under RUN_PATH/examples, with the checkpoint's own tokenizer. The same command
-    again continues where the run stopped, or finds it finished.
+    The pairs become example shards in the run folder, with the checkpoint's own tokenizer. The same command again
+    continues where the run stopped, or finds it finished.
     """
 
     checkpoint: tyro.conf.Positional[Path]
     """Checkpoint folder, or a run whose last good one is meant."""
-    train_path: Path
-    """Pairs to train on (.jsonl, .tsv, .gz and .zst of them)."""
     run_path: Path
     """Folder of this run."""
+    train_path: Path | None = None
+    """Pairs to train on (.jsonl or .tsv, also .gz and .zst)."""
+    examples_path: Path | None = None
+    """Instead of --train-path: examples of pairs, from `t5pegasus build --kind pairs`."""
     heldout_path: Path | None = None
     """Pairs for the held-out loss."""
     epochs: float = 5.0
@@ -39,21 +44,19 @@ class Finetune:
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(256, 64))
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: DEFAULT_OPTIMIZER)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    train: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=lambda: DEFAULT_TRAIN)
+    train: Annotated[TrainConfig, tyro.conf.arg(help_behavior_hint="steps follows from --epochs")] = dataclasses.field(
+        default_factory=lambda: DEFAULT_TRAIN
+    )
 
 
 def main(argv: list[str]) -> None:
     """Parse, turn the pairs into examples, train, print where the result lies."""
     args = tyro.cli(Finetune, prog="t5pegasus finetune", args=argv)
+    if (args.train_path is None) == (args.examples_path is None):
+        raise UsageError("give the pairs either as --train-path FILE or as --examples-path FOLDER")
     from launch.processes import init_distributed
 
     init_distributed()
-    finetune(args)
-
-
-def finetune(args: Finetune) -> Path:
-    """Fine-tune and return the folder of the last checkpoint."""
-    from launch.verbs.pretrain import report_result
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
     from t5pegasus.data.loader import PackedRows
     from t5pegasus.train.run import RunPaths, train_run
@@ -62,15 +65,32 @@ def finetune(args: Finetune) -> Path:
     model = load_checkpoint_info(source).config.model
     if args.dropout_rate is not None:
         model = dataclasses.replace(model, dropout_rate=args.dropout_rate)
-    examples = build_pairs(args.train_path, source / "tokenizer", args.run_path / "examples", args.data)
-    heldout = None
-    if args.heldout_path is not None:
-        heldout = build_pairs(args.heldout_path, source / "tokenizer", args.run_path / "heldout_examples", args.data)
-    with PackedRows(examples, args.data, model.pad_token_id, model.decoder_start_token_id) as rows:
+
+    def build(pairs_path: Path, name: str) -> Path:
+        return _build_pairs(pairs_path, source / "tokenizer", args.run_path / name, args.data)
+
+    examples_path = args.examples_path or build(cast(Path, args.train_path), "examples")
+    heldout_path = args.heldout_path and build(args.heldout_path, "heldout_examples")
+    with PackedRows(examples_path, args.data, model.pad_token_id, model.decoder_start_token_id) as rows:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
     train = dataclasses.replace(args.train, steps=steps)
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
-    paths = RunPaths(args.run_path, examples, heldout, source)
+    paths = RunPaths(args.run_path, examples_path, heldout_path, source)
     checkpoint = train_run(config, paths, keep_state=False)
     report_result(checkpoint, args.run_path, f"t5pegasus evaluate {args.run_path} --pairs-path PAIRS")
-    return checkpoint
+
+
+def _build_pairs(pairs_path: Path, tokenizer_path: Path, output_path: Path, data: DataConfig) -> Path:
+    """Examples of the pairs, made by the first process and awaited by the others."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    from t5pegasus.corpus.build import BuildConfig, build_examples
+
+    if jax.process_index() == 0:
+        output_path.parent.mkdir(parents=True, exist_ok=True)
+        lengths = {"max_source_tokens": data.max_source_tokens, "max_target_tokens": data.max_target_tokens}
+        build_examples([pairs_path], tokenizer_path, output_path, BuildConfig(kind="pairs", **lengths))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"pairs built in {output_path}")
+    return output_path

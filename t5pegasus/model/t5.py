@@ -168,7 +168,7 @@ class T5(nnx.Module):
         x = self._embed(tokens, dropout)
         positions = jnp.arange(tokens.shape[1])
         bias = relative_bias(self.decoder.relative_bias[...], positions, positions, self.config, bidirectional=False)
-        causal = _same_segment(segment_ids, segment_ids) & (positions[:, None] >= positions[None, :])
+        causal = _same_segment(segment_ids, segment_ids) & (positions[None, :, None] >= positions[None, None, :])
         cross_mask = _same_segment(segment_ids, encoder_segment_ids)
 
         def body(layer: DecoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
