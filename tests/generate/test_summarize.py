@@ -1,0 +1,72 @@
+import jax
+import numpy as np
+import pytest
+
+from t5pegasus.config import ModelConfig
+from t5pegasus.generate.options import GenerationOptions
+from t5pegasus.generate.search import generate
+from t5pegasus.generate.summarize import Summarizer, Summary
+from t5pegasus.model.t5 import init_parameters
+from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
+
+TEXTS = [
+    "新图书馆今天开馆。",
+    "",
+    "地铁三号线东延段昨天清晨开始试运行，首班列车从柳桥站驶出。" * 3,
+    "果园里的苹果熟了。",
+    "  \n",
+    "研究人员提出一种新方法。" * 12,
+    "果园里的苹果熟了。",
+]
+TOKENIZER = WordpieceTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *sorted(set("".join(TEXTS)) - {" ", "\n"})])
+MODEL = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size, d_model=16, d_kv=4, d_ff=24, num_heads=2, num_encoder_layers=1,
+    num_decoder_layers=1, dropout_rate=0.0, decoder_start_token_id=2, eos_token_id=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parameters():
+    drawn = jax.jit(init_parameters, static_argnums=0)(MODEL, 1)
+    return drawn | {"lm_head": 3 * drawn["lm_head"]}
+
+
+def make_summarizer(parameters, batch_size=4, **options):
+    return Summarizer(
+        MODEL, parameters, TOKENIZER, GenerationOptions(8, **options), 128, "float32", batch_size=batch_size
+    )
+
+
+def test_summaries_come_in_the_order_of_the_texts(parameters):
+    summarizer = make_summarizer(parameters)
+    summaries = summarizer.summarize(TEXTS)
+    order = [5, 0, 6, 3, 2, 4, 1]
+    shuffled = summarizer.summarize([TEXTS[index] for index in order])
+    for place, index in enumerate(order):
+        assert shuffled[place].text == summaries[index].text
+        assert shuffled[place].score == pytest.approx(summaries[index].score, rel=1e-4)
+    assert summaries[3].text == summaries[6].text
+    assert len({summary.text for summary in summaries}) > 2, "the test wants different summaries"
+
+
+def test_an_empty_text_has_an_empty_summary(parameters):
+    summaries = make_summarizer(parameters).summarize(TEXTS)
+    assert summaries[1] == summaries[4] == Summary("", 0.0, 0)
+    assert make_summarizer(parameters).summarize([]) == []
+
+
+def test_sampling_depends_on_the_index_of_a_text_not_on_its_batch(parameters):
+    sampling = make_summarizer(parameters, temperature=1.2, seed=3)
+    together = [summary.text for summary in sampling.summarize(TEXTS)]
+    portions = [summary.text for first in (0, 4) for summary in sampling.summarize(TEXTS[first : first + 4], first)]
+    assert portions == together
+    assert together[3] != together[6]
+
+
+def test_many_lengths_need_few_programs(parameters):
+    summarizer = make_summarizer(parameters, batch_size=4, num_beams=2)
+    before = generate._cache_size()
+    lengths = np.random.default_rng(0).integers(1, 200, size=40)
+    texts = ["苹" * int(length) for length in lengths]
+    assert len(summarizer.summarize(texts)) == 40
+    assert generate._cache_size() - before == 2  # 64 and 128 wide
