@@ -62,7 +62,7 @@ def _documents(manifest: Json) -> Markup:
     rows = []
     for name, value in manifest["documents"].items():
         if isinstance(value, dict):
-            rows += [(f"{name}: {reason}", count) for reason, count in value.items()]
+            rows += [(f"{name}: {reason}", count) for reason, count in value.items()] or [(name, "none")]
         else:
             rows.append((name, value))
     return table(("Documents", ""), rows, "facts") if rows else absent("The manifest counts no documents.")

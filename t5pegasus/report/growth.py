@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from t5pegasus.report.markup import Markup, absent, escape, section, show, table
+from t5pegasus.report.markup import Markup, absent, escape, section, show, show_difference, table
 from t5pegasus.report.overview import heldout_around_growth
 from t5pegasus.report.runs import Growth, Run
 
@@ -21,7 +21,7 @@ def _receipt(run: Run, growth: Growth) -> Markup:
         f"At step {show(growth.step)} the model grew from {show(receipt['source_parameters'])} to "
         f"{show(receipt['grown_parameters'])} parameters. Its logits moved by at most "
         f"{receipt['max_logit_difference']:.2e}, which is {receipt['floor_ratio']:.2f} times what reordering the same "
-        f"sums does in float32, and its loss by {receipt['nll_difference']:+.1e} nats per token."
+        f"sums does in float32, and its loss by {show_difference(receipt['nll_difference'])} nats per token."
     )
     changes = table(
         ("What grew", "Before", "After", "How", "Logits", "What sets it in motion"),
@@ -38,7 +38,7 @@ def _receipt(run: Run, growth: Growth) -> Markup:
             f"{receipt['floor_max_logit_difference']:.3e}",
         ),
         ("loss of the source, nats per token", f"{receipt['source_nll']:.5f}"),
-        ("ΔNLL", f"{receipt['nll_difference']:+.3e}"),
+        ("ΔNLL", show_difference(receipt["nll_difference"])),
         ("compared on", f"{show(receipt['num_target_tokens'])} target tokens of {receipt['evidence']}"),
         ("plan", receipt["plan_hash"]),
         ("checkpoint", growth.path),

@@ -56,8 +56,14 @@ def show(value: Any) -> str:
     if not math.isfinite(value):
         return str(value)
     if value and (abs(value) < 1e-3 or abs(value) >= 1e9):
-        return f"{value:.2e}"
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{exponent}"
     return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+
+
+def show_difference(value: float) -> str:
+    """A small difference with its sign: +2.4e-09, or a plain 0."""
+    return f"{value:+.1e}" if value else "0"
 
 
 def show_short(value: float) -> str:

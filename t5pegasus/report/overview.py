@@ -2,7 +2,17 @@
 
 from collections.abc import Sequence
 
-from t5pegasus.report.markup import Markup, absent, escape, join, section, show, show_seconds, show_short
+from t5pegasus.report.markup import (
+    Markup,
+    absent,
+    escape,
+    join,
+    section,
+    show,
+    show_difference,
+    show_seconds,
+    show_short,
+)
 from t5pegasus.report.runs import Growth, Run
 from t5pegasus.report.samples import read_rouge
 
@@ -90,7 +100,8 @@ def _growth(chain: Sequence[Run]) -> Markup:
     if not growths:
         return _tile("Growth", "模型生长", "none", "this model has not been grown")
     receipt = growths[-1].receipt
-    note = f"max |Δlogit|, {receipt['floor_ratio']:.2f} × the rounding floor; ΔNLL {receipt['nll_difference']:+.1e}"
+    difference = show_difference(receipt["nll_difference"])
+    note = f"max |Δlogit|, {receipt['floor_ratio']:.2f} × the rounding floor; ΔNLL {difference}"
     return _tile("Growth", "模型生长", f"{receipt['max_logit_difference']:.1e}", note)
 
 
