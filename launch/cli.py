@@ -116,10 +116,7 @@ def _dispatch(argv: list[str]) -> int:
 
 
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
-    # Checkpoints are written without OCDBT on purpose; at each one Orbax warns that it found none to merge.
-    handler.addFilter(lambda record: "Skipping merge of OCDBT checkpoints" not in record.getMessage())
-    logging.basicConfig(handlers=[handler], format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
 
 
 def _report(error: BaseException, speaker: str) -> int:

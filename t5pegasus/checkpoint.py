@@ -221,8 +221,12 @@ def _describe_files(folder: Path) -> dict[str, Any]:
     files = {
         str(file.relative_to(folder)): _describe_file(file) for file in sorted(folder.rglob("*")) if file.is_file()
     }
-    # Orbax stamps its own metadata with the time, so the fingerprint covers the array data and our description.
-    lasting = {name: entry["sha256"] for name, entry in files.items() if not Path(name).name.startswith("_")}
+    # Orbax stamps its own metadata with time and place, so the fingerprint covers the arrays and our description.
+    lasting = {
+        name: entry["sha256"]
+        for name, entry in files.items()
+        if not Path(name).name.startswith(("_", "commit_success"))
+    }
     fingerprint = hashlib.sha256(repr(sorted(lasting.items())).encode()).hexdigest()
     return {"schema": SCHEMA, "fingerprint": fingerprint, "files": files}
 

@@ -77,13 +77,13 @@ def _print_summaries(summaries_path: Path) -> None:
 
 
 def _print_growth(receipt: dict[str, Any], continued: Path) -> None:
-    losses = {entry["step"]: entry["loss"] for entry in load_checkpoint_info(find_checkpoint(continued)).history}
+    history = load_checkpoint_info(find_checkpoint(continued)).history
+    before, right_after = (entry["loss"] for entry in history if entry["step"] == GROW_AT_STEP)
     print(
         f"\ngrowth: {receipt['source_parameters']:,} → {receipt['grown_parameters']:,} parameters, "
         f"max |Δlogit| {receipt['max_logit_difference']:.1e}, ΔNLL {receipt['nll_difference']:+.1e}"
     )
-    before, after = losses[GROW_AT_STEP], receipt["source_nll"] + receipt["nll_difference"]
     print(
-        f"held-out loss: {before:.6f} before growth (step {GROW_AT_STEP}), {after:.6f} right after, "
-        f"{losses[LAST_STEP]:.6f} after continuing (step {LAST_STEP})"
+        f"held-out loss: {before:.6f} before growth (step {GROW_AT_STEP}), {right_after:.6f} right after, "
+        f"{history[-1]['loss']:.6f} after continuing (step {LAST_STEP})"
     )

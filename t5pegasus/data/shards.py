@@ -57,9 +57,7 @@ def shard_name(index: int, num_shards: int) -> str:
     return f"examples-{index:05d}-of-{num_shards:05d}.array_record"
 
 
-def pack_record(
-    source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray, dtype: np.dtype
-) -> bytes:
+def pack_record(source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray, dtype: np.dtype) -> bytes:
     """One example as the bytes of a record."""
     header = np.array(len(source), _HEADER).tobytes()
     return header + np.asarray(source, dtype).tobytes() + np.asarray(target, dtype).tobytes()
@@ -198,9 +196,7 @@ class ExampleShards:
             self._check_size(shard)
         self.lengths = self._load_lengths()
         self._starts = np.cumsum([0] + [shard.num_examples for shard in self.shards])
-        self._readers = [
-            ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS) for shard in self.shards
-        ]
+        self._readers = [ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS) for shard in self.shards]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -241,9 +237,7 @@ class ExampleShards:
                 example = unpack_record(record, self._dtype)
                 got, told = (len(example.source), len(example.target)), self.lengths[wanted[place]]
                 if got != tuple(told):
-                    detail = (
-                        f"example {wanted[place]} has lengths {got}, {LENGTHS} says {tuple(told.tolist())}"
-                    )
+                    detail = f"example {wanted[place]} has lengths {got}, {LENGTHS} says {tuple(told.tolist())}"
                     raise self._damage(self.shards[shard], detail)
                 examples[place] = example
         return examples
@@ -263,9 +257,7 @@ class ExampleShards:
     def _check_size(self, shard: Shard) -> None:
         path = self.path / shard.file
         if not path.is_file():
-            raise self._damage(
-                shard, f"the file is missing; the manifest lists {shard.num_examples} examples in it"
-            )
+            raise self._damage(shard, f"the file is missing; the manifest lists {shard.num_examples} examples in it")
         if path.stat().st_size != shard.bytes:
             raise self._damage(shard, f"it has {path.stat().st_size} bytes, the manifest says {shard.bytes}")
 

@@ -123,7 +123,7 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` and their numbers to `tensorboard/` of a run folder.
 
     Only the first process writes. Records later than `from_step` are dropped on opening: a resumed run makes
-    them again, and each step stands in the file once.
+    them again, and each step stands in the file once. A run that begins anew passes -1.
     """
 
     def __init__(self, run_path: Path, from_step: int):

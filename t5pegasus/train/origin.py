@@ -34,6 +34,8 @@ class Origin(NamedTuple):
     """Where a run's state comes from, and what it inherits."""
 
     state: TrainState
+    resumed: bool
+    """From a checkpoint of this very run."""
     history: tuple[dict[str, Any], ...]
     lineage: tuple[dict[str, Any], ...]
 
@@ -56,13 +58,13 @@ def find_origin(
     """
     own = find_last_good(run_path)
     if own is not None:
-        return _restore(own, config, mesh, manifest, reset_rows=False)
+        return _restore(own, config, mesh, manifest, reset_rows=False)._replace(resumed=True)
     if start_from is not None:
         path = find_checkpoint(start_from)
         if keep_state and has_optimizer_state(path):
             return _restore(path, config, mesh, manifest, reset_rows=reset_rows)
         return _restore_parameters(path, config, mesh, manifest)
-    return Origin(init_state(config.model, config.train.seed, mesh), (), ())
+    return Origin(init_state(config.model, config.train.seed, mesh), False, (), ())
 
 
 def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], *, reset_rows: bool) -> Origin:
@@ -84,7 +86,7 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
     state = arrays_to_state(load_arrays(path, shardings=state_to_arrays(shardings)))
     if reset_rows:
         state = state._replace(rows=jax.device_put(jnp.zeros((), jnp.uint32), shardings.rows))
-    return Origin(state, info.history, info.lineage)
+    return Origin(state, False, info.history, info.lineage)
 
 
 def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]) -> Origin:
@@ -97,7 +99,7 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
     loaded = load_arrays(path, ("parameters.",), shardings=named)
     parameters = {name.removeprefix("parameters."): array for name, array in loaded.items()}
     state = jax.jit(lambda values: start_state(values, specs), out_shardings=shardings)(parameters)
-    return Origin(state, (), info.lineage)
+    return Origin(state, False, (), info.lineage)
 
 
 def _check_model(path: Path, info: CheckpointInfo, config: RunConfig) -> None:

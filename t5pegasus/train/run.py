@@ -116,7 +116,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             return path
 
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, int(origin.state.rows))))
-        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step))
+        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step if origin.resumed else -1))
         peak, peak_source = peak_flops(jax.local_devices()[0])
         metrics.write(
             "start", step, config=config.to_json(), num_parameters=count_parameters(config.model),
@@ -125,7 +125,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
         )  # fmt: skip
         evaluate = None if heldout_rows is None else _make_evaluate(heldout_rows, config, mesh)
         history = origin.history
-        if evaluate is not None and not any(entry["step"] == step for entry in history):
+        if evaluate is not None and not origin.resumed:  # after growth too: the loss right behind the seam
             first = evaluate(origin.state)
             metrics.write("heldout", step, **first)
             history = (*history, {"step": step, "loss": first["loss"]})

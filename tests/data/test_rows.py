@@ -37,9 +37,7 @@ def write_examples(folder, examples, num_shards=3, vocab_size=30_000):
         write_shard(folder / shard_name(i, num_shards), (pack_record(*examples[j], dtype) for j in part))
         for i, part in enumerate(parts)
     ]
-    save_array(
-        folder / "lengths.npy", np.array([[len(s), len(t)] for s, t in examples], np.int32).reshape(-1, 2)
-    )
+    save_array(folder / "lengths.npy", np.array([[len(s), len(t)] for s, t in examples], np.int32).reshape(-1, 2))
     write_manifest(
         folder, shards=shards, config={}, documents={},
         num_unknown_tokens=0, vocab_size=vocab_size, tokenizer_fingerprint="f",
@@ -209,9 +207,7 @@ def stream(rows, batch_sizes, num_rows, processes=1):
         parts = np.array_split(np.arange(batch_size), processes)
         with contextlib.ExitStack() as stack:
             loaders = [
-                stack.enter_context(
-                    contextlib.closing(load_batches(rows, batch_size, position, batch_rows=part))
-                )
+                stack.enter_context(contextlib.closing(load_batches(rows, batch_size, position, batch_rows=part)))
                 for part in parts
             ]
             for _ in range(3):
@@ -251,9 +247,7 @@ def test_an_epoch_is_every_row_once_and_then_weightless_rows(rows):
     assert all(len(batch.row_ids) == batch_size for batch in batches)
     assert (weights[: rows.num_rows].sum(axis=1) > 0).all()
     assert weights[rows.num_rows :].sum() == 0
-    assert weights.sum() == sum(
-        len(target) for _, target in (rows.shards[i] for i in range(len(rows.shards)))
-    )
+    assert weights.sum() == sum(len(target) for _, target in (rows.shards[i] for i in range(len(rows.shards))))
 
 
 def test_a_closed_stream_leaves_no_thread(rows):

@@ -87,9 +87,7 @@ def test_a_packed_example_has_the_logits_it_has_alone(parameters):
     together, apart = model(packed), model(alone)
     start = 0
     for row, (_, num_target) in enumerate(lengths):
-        np.testing.assert_allclose(
-            together[0, start : start + num_target], apart[row, :num_target], rtol=0, atol=2e-5
-        )
+        np.testing.assert_allclose(together[0, start : start + num_target], apart[row, :num_target], rtol=0, atol=2e-5)
         start += num_target
 
 
