@@ -14,7 +14,7 @@ def tiny() -> RunConfig:
             d_model=64, d_kv=8, d_ff=128, num_heads=8, num_encoder_layers=2, num_decoder_layers=2, dropout_rate=0.0
         ),
         data=DataConfig(max_source_tokens=256, max_target_tokens=96),
-        optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=50),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=50),
         train=TrainConfig(steps=500, batch_size=8, log_every_steps=10, evaluate_every_steps=100, save_every_steps=100),
     )
 

@@ -40,7 +40,7 @@ def run_quickstart(folder: Path) -> None:
     _run("pretrain", "--start-from", grown, "--examples-path", examples, "--run-path", continued,
          "--heldout-path", heldout, "--train.steps", LAST_STEP)  # fmt: skip
     _run("finetune", continued, "--train-path", train_pairs, "--heldout-path", heldout_pairs,
-         "--run-path", finetuned, "--epochs", 30, "--train.batch-size", 16,
+         "--run-path", finetuned, "--epochs", 12, "--train.batch-size", 16,
          "--train.evaluate-every-steps", 20)  # fmt: skip
     _run("evaluate", finetuned, "--pairs-path", heldout_pairs)
     report = folder / "report.html"
