@@ -17,6 +17,9 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
+# A quarter faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
+HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
 .PHONY: help install quickstart test test-all lint types contracts
 
 help:  ## this list
@@ -26,7 +29,7 @@ install: $(INSTALLED)  ## the t5pegasus command, in .venv/bin
 	@echo "installed: $(VENV)/bin/t5pegasus"
 
 quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a CPU, asks nothing
-	$(VENV)/bin/t5pegasus quickstart $(ARGS)
+	$(HUGE_PAGES) $(VENV)/bin/t5pegasus quickstart $(ARGS)
 
 test: $(INSTALLED_DEV)  ## the tests, without the slow ones
 	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
