@@ -202,8 +202,8 @@ def test_losses_that_were_not_measured_are_not_made_up(flow: Path, tmp_path: Pat
     with grown.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "heldout", "step": 500, "loss": 4.5, "accuracy": 0.2}) + "\n")
     write_report([flow], tmp_path / "after.html")
-    assert "before growth → at the end" in read_page(tmp_path / "before.html").words
-    assert "before growth → right after → at the end" in read_page(tmp_path / "after.html").words
+    assert "before growth → at step 1,000" in read_page(tmp_path / "before.html").words
+    assert "before growth → right after → at step 1,000" in read_page(tmp_path / "after.html").words
 
 
 def test_hostile_text_stays_text(flow: Path, tmp_path: Path):

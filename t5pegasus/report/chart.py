@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from t5pegasus.report.markup import Markup, escape, show
 
 MAX_COLUMNS = 120
-LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 24
+LEFT, RIGHT, TOP, BOTTOM = 46, 10, 22, 38
+MIN_BINS = 8
+"""A histogram has room for so many at least: a single bar as wide as the figure would tell nothing."""
 Point = tuple[float, float]
 
 
@@ -88,11 +90,11 @@ def draw_lines(
     xs = [x for line in lines for x, _ in line.points] + [seam.step for seam in seams]
     ys = [y for line in lines for _, y in line.points] + ([0.0] if from_zero else [])
     y_ticks = nice_ticks(min(ys), max(ys), 5)
-    width, height = (760, 270) if wide else (370, 185)
+    width, height = (760, 284) if wide else (370, 199)
     x_range = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 1, min(xs) + 1)
     frame = _Frame(width, height, x_range, (min(y_ticks[0], *ys), max(y_ticks[-1], *ys)))
     parts = [
-        _draw_axes(frame, y_ticks, form),
+        _draw_axes(frame, y_ticks, "updates", form),
         *(_draw_seam(seam, frame) for seam in seams),
         *(_draw_line(line, frame) for line in lines),
         *_draw_columns(lines, frame, form),
@@ -105,17 +107,17 @@ def draw_lines(
     return _figure(title, width, height, "".join(parts), legend, "wide" if wide else "")
 
 
-def draw_histogram(title: str, counts: Sequence[int], bin_size: int, color: int) -> Markup:
-    """A figure of counts, the first of 0 … bin_size − 1; "" if there are none."""
+def draw_histogram(title: str, unit: str, counts: Sequence[int], bin_size: int, color: int) -> Markup:
+    """A figure of counts, the first of 0 … bin_size − 1 of `unit`; "" if there are none."""
     if not counts:
         return Markup("")
-    width, height = 520, 190
+    width, height = 520, 204
     y_ticks = nice_ticks(0, max(*counts, 1), 4)
-    frame = _Frame(width, height, (0, len(counts) * bin_size), (0, y_ticks[-1]))
+    frame = _Frame(width, height, (0, max(len(counts), MIN_BINS) * bin_size), (0, y_ticks[-1]))
     bars = []
     for index, count in enumerate(counts):
         low, high = frame.x(index * bin_size), frame.x((index + 1) * bin_size)
-        readout = f"{index * bin_size}–{(index + 1) * bin_size - 1} tokens: {count:,}"
+        readout = f"{index * bin_size}–{(index + 1) * bin_size - 1} {unit}: {count:,}"
         top = frame.y(count)
         bars.append(
             f'<g class="column"><rect class="hit" x="{low:.1f}" y="{TOP}" width="{high - low:.1f}" '
@@ -123,7 +125,7 @@ def draw_histogram(title: str, counts: Sequence[int], bin_size: int, color: int)
             f'width="{max(high - low - 1, 0.5):.1f}" height="{height - BOTTOM - top:.1f}"/>'
             f'<text class="readout" x="{width - RIGHT}" y="{TOP - 8}">{readout}</text></g>'
         )
-    return _figure(title, width, height, _draw_axes(frame, y_ticks, show) + "".join(bars), "", "")
+    return _figure(title, width, height, _draw_axes(frame, y_ticks, unit, show) + "".join(bars), "", "")
 
 
 def nice_ticks(low: float, high: float, about: int) -> list[float]:
@@ -154,7 +156,7 @@ def _figure(title: str, width: int, height: int, drawing: str, legend: str, kind
     )
 
 
-def _draw_axes(frame: _Frame, y_ticks: Sequence[float], form: Callable[[float], str]) -> str:
+def _draw_axes(frame: _Frame, y_ticks: Sequence[float], x_label: str, form: Callable[[float], str]) -> str:
     right, bottom = frame.width - RIGHT, frame.height - BOTTOM
     rows = [
         f'<line class="grid" x1="{LEFT}" x2="{right}" y1="{frame.y(tick):.1f}" y2="{frame.y(tick):.1f}"/>'
@@ -167,7 +169,11 @@ def _draw_axes(frame: _Frame, y_ticks: Sequence[float], form: Callable[[float], 
         for tick in nice_ticks(low, high, 6)
         if low <= tick <= high and tick == round(tick)
     ]
-    return "".join(rows + columns) + f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
+    return (
+        "".join(rows + columns)
+        + f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{bottom}" y2="{bottom}"/>'
+        + f'<text class="tick x" x="{(LEFT + right) / 2:.1f}" y="{bottom + 31}">{escape(x_label)}</text>'
+    )
 
 
 def _draw_seam(seam: Seam, frame: _Frame) -> str:

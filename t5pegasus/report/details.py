@@ -47,7 +47,9 @@ def _examples(manifest: Json, users: Sequence[str]) -> Markup:
         facts.insert(3, ("unknown tokens", manifest["num_unknown_tokens"]))
     histograms = manifest["length_histograms"]
     figures = [
-        draw_histogram(f"Length of {side}, tokens", histograms[side], histograms["bin_tokens"], color)
+        draw_histogram(
+            f"Examples by length of their {side}", "tokens", histograms[side], histograms["bin_tokens"], color
+        )
         for side, color in (("source", 0), ("target", 1))
     ]
     title = Markup(f"<h3>{escape(', '.join(users))}</h3>")

@@ -11,17 +11,17 @@ def show_growths(runs: Sequence[Run]) -> Markup:
     """Plan and receipt of every growth between the runs."""
     parts = [_receipt(run, growth) for run in runs for growth in run.growths]
     return section(
-        "Growth receipt", "生长凭证", *(parts or [absent("None of these runs began with a grown checkpoint.")])
+        "Growth receipt", "扩展凭据", *(parts or [absent("None of these runs began with a grown checkpoint.")])
     )
 
 
 def _receipt(run: Run, growth: Growth) -> Markup:
     receipt = growth.receipt
-    verdict = (
-        f"At step {show(growth.step)} the model grew from {show(receipt['source_parameters'])} to "
-        f"{show(receipt['grown_parameters'])} parameters. Its logits moved by at most "
-        f"{receipt['max_logit_difference']:.2e}, which is {receipt['floor_ratio']:.2f} times what reordering the same "
-        f"sums does in float32, and its loss by {show_difference(receipt['nll_difference'])} nats per token."
+    verdict = Markup(
+        f"At step {escape(growth.step)} the model grew from {escape(receipt['source_parameters'])} to "
+        f"{escape(receipt['grown_parameters'])} parameters. Its logits moved by at most "
+        f"<b>{receipt['max_logit_difference']:.2e}</b>, which is {receipt['floor_ratio']:.2f} times what reordering the same "
+        f"sums does in float32, and its loss by <b>{show_difference(receipt['nll_difference'])}</b> nats per token."
     )
     changes = table(
         ("What grew", "Before", "After", "How", "Logits", "What sets it in motion"),
@@ -48,7 +48,7 @@ def _receipt(run: Run, growth: Growth) -> Markup:
         shown = " → ".join(f"{loss:.4f} {when}" for when, loss in losses.items())
         facts.append(("held-out loss, nats per token", shown or "not measured"))
     measured = table(("Measured", ""), facts, "facts")
-    return Markup(f'<div class="panel"><p class="verdict">{escape(verdict)}</p>{changes}{measured}</div>')
+    return Markup(f'<div class="panel"><p class="verdict">{verdict}</p>{changes}{measured}</div>')
 
 
 def _promise(field: dict) -> str:

@@ -46,13 +46,13 @@ def describe_growth(growth: Growth) -> list[str]:
 
 
 def heldout_around_growth(run: Run) -> dict[str, float]:
-    """Held-out losses before the growth a run began with, right after it and at the end: those that were measured."""
+    """Held-out losses before the growth a run began with, right after it and at its end: those that were measured."""
     step = run.growths[-1].step
     before = [loss for at, loss in run.parent.curve("heldout", "loss") if at == step] if run.parent else []
     own = run.curve("heldout", "loss")
     after = [loss for at, loss in own if at == step]
-    end = [loss for at, loss in own if at > step]
-    measured = {"before growth": before[-1:], "right after": after[:1], "at the end": end[-1:]}
+    measured = {"before growth": before[-1:], "right after": after[:1]}
+    measured |= {f"at step {show(at)}": [loss] for at, loss in [point for point in own if point[0] > step][-1:]}
     return {when: losses[0] for when, losses in measured.items() if losses}
 
 
@@ -91,18 +91,18 @@ def _heldout(chain: Sequence[Run]) -> Markup:
         losses = {"first": ends[0][1], "last": ends[-1][1]} if ends else {}
         note = "first → last measurement"
     if not losses:
-        return _tile("Held-out loss", "验证损失", "not measured", "no held-out examples were given")
-    return _tile("Held-out loss", "验证损失", " → ".join(f"{loss:.3f}" for loss in losses.values()), note)
+        return _tile("Held-out loss", "留出集损失", "not measured", "no held-out examples were given")
+    return _tile("Held-out loss", "留出集损失", " → ".join(f"{loss:.3f}" for loss in losses.values()), note)
 
 
 def _growth(chain: Sequence[Run]) -> Markup:
     growths = [growth for run in chain for growth in run.growths]
     if not growths:
-        return _tile("Growth", "模型生长", "none", "this model has not been grown")
+        return _tile("Growth", "模型扩展", "none", "this model has not been grown")
     receipt = growths[-1].receipt
     difference = show_difference(receipt["nll_difference"])
     note = f"max |Δlogit|, {receipt['floor_ratio']:.2f} × the rounding floor; ΔNLL {difference}"
-    return _tile("Growth", "模型生长", f"{receipt['max_logit_difference']:.1e}", note)
+    return _tile("Growth", "模型扩展", f"{receipt['max_logit_difference']:.1e}", note)
 
 
 def _rouge(chain: Sequence[Run]) -> Markup:
