@@ -5,11 +5,14 @@ A checkpoint folder holds `arrays/` (Orbax, zarr3, one folder per array), `check
 It is written under a temporary name and renamed when whole; reading verifies it first.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
+import os
+import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +76,9 @@ def save_checkpoint(
         info: see CheckpointInfo.
         tokenizer_path: folder copied to `tokenizer/`.
         add_files: called with the unfinished folder, on the first process, to put more into it.
+
+    Raises:
+        OSError: if the disk is full, or fails in another way.
     """
     unfinished = path.with_name(path.name + ".unfinished")
     first = jax.process_index() == 0
@@ -80,7 +86,10 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     _synchronise(f"begin {path}")
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer:
+    with (
+        _disk_errors_by_type(path),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer,
+    ):
         writer.save(unfinished.absolute() / "arrays", args=ocp.args.PyTreeSave(dict(arrays)))
     if first:
         shutil.copytree(tokenizer_path, unfinished / "tokenizer")
@@ -88,12 +97,21 @@ def save_checkpoint(
         if add_files is not None:
             add_files(unfinished)
         write_json(unfinished / MANIFEST, _describe_files(unfinished))
-        superseded = path.with_name(path.name + ".superseded")
-        if path.exists():
-            path.rename(superseded)
-        unfinished.rename(path)
-        shutil.rmtree(superseded, ignore_errors=True)
+        _put_in_place(unfinished, path)
     _synchronise(f"end {path}")
+
+
+def finish_saves(run_path: Path) -> None:
+    """Give their names to checkpoints of a run that are whole, but whose writer was killed before it could.
+
+    Every process of a multi-process run calls it, before any of them looks for a checkpoint.
+    """
+    if jax.process_index() == 0:
+        for unfinished in (run_path / "checkpoints").glob("*.unfinished"):
+            with contextlib.suppress(ArtifactError):  # without a manifest, or damaged since: the next save removes it
+                verify_checkpoint(unfinished)
+                _put_in_place(unfinished, unfinished.with_suffix(""))
+    _synchronise(f"saves finished in {run_path}")
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -174,14 +192,24 @@ def list_checkpoints(run_path: Path) -> list[Path]:
 
 
 def find_last_good(run_path: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies; damaged ones are named in the log and passed over."""
-    for path in list_checkpoints(run_path):
+    """The newest checkpoint of a run that verifies; damaged ones are named in the log and passed over.
+
+    Raises:
+        ArtifactError: if there are checkpoints, and all are damaged.
+    """
+    finished = list_checkpoints(run_path)
+    for path in finished:
         try:
             verify_checkpoint(path)
         except ArtifactError as error:
             logger.warning("%s; going back to the one before", error)
         else:
             return path
+    if finished:
+        raise ArtifactError(
+            f"{run_path}: all of its checkpoints are damaged ({', '.join(path.name for path in finished)}); "
+            f"copy them anew, or delete {run_path / 'checkpoints'} to begin again"
+        )
     return None
 
 
@@ -203,18 +231,44 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def remove_old_checkpoints(run_path: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what an interrupted save left behind."""
+def remove_old_checkpoints(run_path: Path, saved: Path, keep: int) -> None:
+    """Delete all but `keep` checkpoints, counted back from the one just saved, and what killed processes left.
+
+    Those of later steps are damaged ones that the run went back behind: they do not count as kept.
+    """
     if jax.process_index() != 0:
         return
-    for folder in list_checkpoints(run_path)[keep:]:
-        doomed = folder.with_name(folder.name + ".superseded")
-        folder.rename(doomed)
-    for leftover in (
-        *(run_path / "checkpoints").glob("*.superseded"),
-        *(run_path / "checkpoints").glob("*.unfinished"),
-    ):
+    folder = run_path / "checkpoints"
+    for leftover in (*folder.glob("*.superseded"), *folder.glob("*.unfinished")):
         shutil.rmtree(leftover)
+    reached = [path for path in list_checkpoints(run_path) if int(path.name) <= int(saved.name)]
+    for path in reached[keep:]:
+        shutil.rmtree(path.rename(_superseded(path)))
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    """Give a whole checkpoint its name. Killed between the two renames, `finish_saves` does the second."""
+    if path.exists():
+        shutil.rmtree(_superseded(path), ignore_errors=True)
+        path.rename(_superseded(path))
+    unfinished.rename(path)
+    shutil.rmtree(_superseded(path), ignore_errors=True)
+
+
+def _superseded(path: Path) -> Path:
+    return path.with_name(path.name + ".superseded")
+
+
+@contextlib.contextmanager
+def _disk_errors_by_type(path: Path) -> Iterator[None]:
+    """Turn TensorStore's ValueError for a full or failing disk into the OSError it is."""
+    try:
+        yield
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _describe_files(folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from pathlib import Path
@@ -135,6 +136,8 @@ class OptimizerConfig(_JsonRoundTrip):
             _require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
         for name in ("beta1", "beta2"):
             _require(0 <= getattr(self, name) < 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1)")
+        for name in ("weight_decay", "final_learning_rate_fraction"):
+            _require(0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
         _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be positive")
         _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm} must be positive")
 
@@ -248,8 +251,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object so that the file is whole or absent: temporary name, flush to disk, rename."""
-    import os
-
     temporary = path.with_name(path.name + ".tmp")
     with temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
-from typing import Annotated, cast
+from typing import cast
 
 import tyro
 
@@ -12,9 +12,18 @@ from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig,
 from t5pegasus.errors import UsageError
 
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=50, beta2=0.999)
-DEFAULT_TRAIN = TrainConfig(
-    batch_size=32, log_every_steps=10, evaluate_every_steps=200, save_every_steps=200, keep_checkpoints=2
-)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """In what portions to train, and what to keep."""
+
+    steps: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = TrainConfig.steps  # follows from the epochs, so no flag
+    batch_size: int = 32
+    log_every_steps: int = 10
+    evaluate_every_steps: int = 200
+    save_every_steps: int = 200
+    keep_checkpoints: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +53,7 @@ class Finetune:
     data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(256, 64))
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: DEFAULT_OPTIMIZER)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    train: Annotated[TrainConfig, tyro.conf.arg(help_behavior_hint="steps follows from --epochs")] = dataclasses.field(
-        default_factory=lambda: DEFAULT_TRAIN
-    )
+    train: TrainFlags = dataclasses.field(default_factory=TrainFlags)
 
 
 def main(argv: list[str]) -> None:
@@ -54,6 +61,8 @@ def main(argv: list[str]) -> None:
     args = tyro.cli(Finetune, prog="t5pegasus finetune", args=argv)
     if (args.train_path is None) == (args.examples_path is None):
         raise UsageError("give the pairs either as --train-path FILE or as --examples-path FOLDER")
+    if not 0 < args.epochs < math.inf:
+        raise UsageError(f"epochs={args.epochs} must be positive")
     from launch.processes import init_distributed
 
     init_distributed()
@@ -73,7 +82,7 @@ def main(argv: list[str]) -> None:
     heldout_path = args.heldout_path and build(args.heldout_path, "heldout_examples")
     with PackedRows(examples_path, args.data, model.pad_token_id, model.decoder_start_token_id) as rows:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
-    train = dataclasses.replace(args.train, steps=steps)
+    train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     paths = RunPaths(args.run_path, examples_path, heldout_path, source)
     checkpoint = train_run(config, paths, keep_state=False)

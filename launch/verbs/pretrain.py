@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -12,13 +13,26 @@ from t5pegasus.presets import PRESETS, preset
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelFlags(ModelConfig):
+    """Shape and numerics of the model; fields carry the Hugging Face names."""
+
+    # Of the tokenizer, so no flags.
+    vocab_size: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.vocab_size
+    pad_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.pad_token_id
+    decoder_start_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.decoder_start_token_id
+    eos_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.eos_token_id
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
     """Train a model on examples. The same command again continues where the run stopped, or finds it finished.
 
     For example: t5pegasus pretrain tiny --examples-path examples --run-path runs/tiny --train.steps 200
 
-    The first argument is a preset (tiny, small, base, large, xl) and any field of it can be set by its flag.
-    Vocabulary size and special ids are the tokenizer's. To go on from a grown checkpoint leave the preset out:
+    The first argument is a preset (tiny, small, base, large, xl) and any field of it can be set by its flag; help
+    shows the defaults of the preset before --help, or else those of base. Vocabulary size and special ids are the
+    tokenizer's. To go on from a grown checkpoint leave the preset out:
+
     t5pegasus pretrain --start-from grown --examples-path examples --run-path runs/grown --train.steps 400
     """
 
@@ -33,7 +47,7 @@ class Pretrain:
     reset_rows: bool = False
     """With --start-from and other examples: begin at their first row."""
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelFlags = dataclasses.field(default_factory=ModelFlags)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
@@ -42,6 +56,8 @@ class Pretrain:
 def main(argv: list[str]) -> None:
     """Parse, train, print where the result lies."""
     args = tyro.cli(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
+    if args.reset_rows and args.start_from is None:
+        raise UsageError("--reset-rows goes with --start-from CHECKPOINT: a fresh run begins at row 0 anyway")
     from launch.processes import init_distributed
 
     init_distributed()
@@ -50,7 +66,8 @@ def main(argv: list[str]) -> None:
 
     with ExampleShards(args.examples_path) as shards:
         manifest = shards.manifest
-    config = RunConfig(args.model, args.data, args.optimizer, args.mesh, args.train)
+    model = ModelConfig(**dataclasses.asdict(args.model))
+    config = RunConfig(model, args.data, args.optimizer, args.mesh, args.train)
     if args.start_from is None:
         config = fit_to_examples(config, manifest)
     paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
@@ -74,19 +91,25 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
     print(f"next: {next_command}   or: t5pegasus report {run_path}")
 
 
-def _defaults(argv: list[str]) -> dict:
+def _defaults(argv: list[str]) -> dict[str, Any]:
     """What tyro starts from: a preset, the config of the run to continue, or that of the checkpoint to start from."""
-    if any(flag in argv for flag in ("-h", "--help")):
-        return {"args": ["--help"]}
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
+    if any(flag in argv for flag in ("-h", "--help")):
+        config = preset(name or "base")
+        return {"args": ["--help"], "default": _flags(config, {})}
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--run-path", "--start-from"):
         early.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=Path)
     known, _ = early.parse_known_args(rest)
     config, paths = _choose_config(name, known.run_path, known.start_from)
-    fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    return {"args": rest, "default": _flags(config, paths)}
+
+
+def _flags(config: RunConfig, paths: dict[str, Path]) -> Pretrain:
+    fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    fields["model"] = ModelFlags(**dataclasses.asdict(config.model))
     missing = dict.fromkeys(("examples_path", "run_path"), tyro.MISSING)
-    return {"args": rest, "default": Pretrain(**{**missing, **paths, **fields})}
+    return Pretrain(**{**missing, **paths, **fields})
 
 
 def _choose_config(

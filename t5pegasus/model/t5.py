@@ -5,6 +5,7 @@ bias is computed once per stack outside the scan. The outside world sees flat di
 """
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -247,8 +248,6 @@ def declare_parameters(config: ModelConfig) -> dict[str, ParamSpec]:
 
 def count_parameters(config: ModelConfig) -> int:
     """Number of trained scalars."""
-    import math
-
     return sum(math.prod(spec.shape) for spec in declare_parameters(config).values())
 
 

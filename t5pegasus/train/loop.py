@@ -1,7 +1,6 @@
 """The one training loop: pretraining, continuing after growth and fine-tuning are runs of it."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +19,8 @@ class Hooks(NamedTuple):
 
     evaluate: Callable[[TrainState], dict[str, float]] | None
     """State → {loss, accuracy} on held-out text; None where there is none."""
-    save: Callable[[TrainState, History], Path]
-    """Write a checkpoint, return its folder."""
+    save: Callable[[TrainState, History], None]
+    """Write a checkpoint."""
 
 
 def run(

@@ -1,6 +1,7 @@
 """What a run reports: one JSON line per record (the source of truth) and the same scalars for TensorBoard."""
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -31,6 +32,7 @@ PEAK_FLOPS_PER_DEVICE = {
 """Dense bfloat16 peaks by the beginning of `device_kind`: the denominator of MFU."""
 
 
+@functools.cache
 def peak_flops(device: Any) -> tuple[float, str]:
     """Peak FLOP/s of one device and where the figure comes from.
 
@@ -166,7 +168,8 @@ class MetricsWriter:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line cut off by a kill is passed over."""
     records = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    # Cut off inside a character, the line is no UTF-8 either.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         if not line:
             continue
         try:

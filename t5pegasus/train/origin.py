@@ -55,6 +55,12 @@ def find_origin(
     1. the run's own last good checkpoint;
     2. the `start_from` checkpoint: a trained, grown or converted one;
     3. fresh ones.
+
+    `manifest` is that of the examples; for the rest see `train_run`.
+
+    Raises:
+        UsageError: if the checkpoint and the config or the examples do not belong together.
+        ArtifactError: if the checkpoint is damaged.
     """
     own = find_last_good(run_path)
     if own is not None:
@@ -70,16 +76,15 @@ def find_origin(
 def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], *, reset_rows: bool) -> Origin:
     info = load_checkpoint_info(path)
     _check_model(path, info, config)
-    _check_same(
-        "compute dtype",
-        path,
-        info.compute_dtype,
-        str(resolve_compute_dtype(config)),
-        "set train.compute-dtype to the checkpoint's",
-    )
+    if config.train.compute_dtype == "auto":
+        way_out = f"keep it by --train.compute-dtype {info.compute_dtype}, or name the other one"
+        _check_same("compute dtype", path, info.compute_dtype, str(resolve_compute_dtype(config)), way_out)
     _check_tokenizer_of(path, info, manifest)
     if not reset_rows and info.rows > 0:
-        way_out = "give the examples and data lengths it was trained on, or --reset-rows to begin the new ones at row 0"
+        way_out = (
+            "give the examples and data lengths it was trained on, or begin a new run on the others at their first "
+            f"row: --run-path NEW --start-from {path} --reset-rows"
+        )
         _check_same("examples", path, info.examples_fingerprint, manifest["fingerprint"], way_out)
         _check_same("data config", path, info.config.data, config.data, way_out)
     shardings = state_shardings(declare_parameters(config.model), mesh)

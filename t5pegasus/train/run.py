@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import (
     CheckpointInfo,
     find_checkpoint,
+    finish_saves,
     remove_old_checkpoints,
     save_checkpoint,
 )
@@ -36,10 +36,11 @@ FREE_ON_RESUME = {
     "mesh": ("data", "fsdp", "tensor"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
-        "keep_checkpoints",
+        "keep_checkpoints", "compute_dtype",
     ),
 }  # fmt: skip
-"""What may change when a run continues: the data position counts rows, so batch size is among them."""
+"""What may change when a run continues: the data position counts rows, so batch size is among them; a compute
+dtype only if it is named (`find_origin`)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +78,17 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
         DivergedError: if the loss stops being finite.
     """
     mesh = make_mesh(config.mesh)
+    train_step = make_train_step(config, mesh)
     compute_dtype = str(resolve_compute_dtype(config))
-    _settle_run_folder(config, paths)
+    record = load_run_record(paths.run_path)
+    if record is not None:
+        _check_resumable(record[0], config, paths.run_path)
+    finish_saves(paths.run_path)
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(_open_rows(paths.examples_path, config))
         shards = rows.shards
         _check_tokenizer(config, shards.manifest, paths.examples_path)
+        heldout_rows = _open_heldout(paths, config, shards.manifest, stack)
         origin = find_origin(
             config,
             paths.run_path,
@@ -93,13 +99,19 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             reset_rows=reset_rows,
         )
         step = int(origin.state.step)
+        if step >= config.train.steps and not origin.resumed:
+            raise UsageError(
+                f"checkpoint {paths.start_from} is at step {step}, train.steps={config.train.steps} leaves nothing to "
+                "do; steps are counted from the beginning of training: give --train.steps a larger number"
+            )
         if step >= config.train.steps:
-            logger.info("already at step %d of %d", step, config.train.steps)
+            logger.info("%s: finished, at step %d of %d", paths.run_path, step, config.train.steps)
             return find_checkpoint(paths.run_path)
-        heldout = _heldout_path(paths)
-        heldout_rows = None if heldout is None else stack.enter_context(_open_rows(heldout, config))
+        if origin.resumed and record is not None:
+            paths = _keep_start(paths, record[1]["start_from"])
+        _settle_run_folder(config, paths, resumed=origin.resumed)
 
-        def save(state: TrainState, history: History) -> Path:
+        def save(state: TrainState, history: History) -> None:
             path = paths.run_path / "checkpoints" / str(int(state.step))
             info = CheckpointInfo(
                 config=config,
@@ -112,8 +124,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
                 history=history,
             )
             save_checkpoint(path, state_to_arrays(state), info, paths.run_path / "tokenizer")
-            remove_old_checkpoints(paths.run_path, config.train.keep_checkpoints)
-            return path
+            remove_old_checkpoints(paths.run_path, path, config.train.keep_checkpoints)
 
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, int(origin.state.rows))))
         metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step if origin.resumed else -1))
@@ -129,7 +140,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             first = evaluate(origin.state)
             metrics.write("heldout", step, **first)
             history = (*history, {"step": step, "loss": first["loss"]})
-        run(origin.state, make_train_step(config, mesh), batches, config, Hooks(evaluate, save), metrics, history)
+        run(origin.state, train_step, batches, config, Hooks(evaluate, save), metrics, history)
     return find_checkpoint(paths.run_path)
 
 
@@ -156,21 +167,30 @@ def load_run_record(run_path: Path) -> tuple[RunConfig, dict[str, str | None]] |
     return RunConfig.from_json(record["config"]), paths
 
 
-def _settle_run_folder(config: RunConfig, paths: RunPaths) -> None:
-    """Create the run folder, or check that the existing one is of the same run."""
-    existing = load_run_record(paths.run_path)
-    if existing is not None:
-        _check_resumable(existing[0], config, paths.run_path)
-    if jax.process_index() == 0:
-        paths.run_path.mkdir(parents=True, exist_ok=True)
-        if not (paths.run_path / "tokenizer").exists():
-            unfinished = paths.run_path / "tokenizer.unfinished"
-            shutil.rmtree(unfinished, ignore_errors=True)
-            shutil.copytree(paths.examples_path / "tokenizer", unfinished)
-            unfinished.rename(paths.run_path / "tokenizer")
-        write_json(paths.run_path / "config.json", {"schema": SCHEMA, "config": config.to_json(), **paths.to_json()})
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("run folder settled")
+def _settle_run_folder(config: RunConfig, paths: RunPaths, *, resumed: bool) -> None:
+    """Write what the run is made of; what an earlier try left that never saved a checkpoint is replaced."""
+    if jax.process_index() != 0:
+        return
+    tokenizer, unfinished = paths.run_path / "tokenizer", paths.run_path / "tokenizer.unfinished"
+    paths.run_path.mkdir(parents=True, exist_ok=True)
+    if not (resumed and tokenizer.exists()):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(paths.examples_path / "tokenizer", unfinished)
+        shutil.rmtree(tokenizer, ignore_errors=True)
+        unfinished.rename(tokenizer)
+    write_json(paths.run_path / "config.json", {"schema": SCHEMA, "config": config.to_json(), **paths.to_json()})
+
+
+def _keep_start(paths: RunPaths, begun_from: str | None) -> RunPaths:
+    """The paths with the checkpoint the run really began from, whichever is given now."""
+    begun = None if begun_from is None else Path(begun_from)
+    if paths.start_from is not None and (begun is None or begun.resolve() != paths.start_from.resolve()):
+        logger.warning(
+            "%s continues from its own checkpoint; it was begun from %s, so %s is not used: "
+            "choose another --run-path to start from it",
+            paths.run_path, begun or "fresh parameters", paths.start_from,
+        )  # fmt: skip
+    return dataclasses.replace(paths, start_from=begun)
 
 
 def _check_resumable(before: RunConfig, now: RunConfig, run_path: Path) -> None:
@@ -180,7 +200,7 @@ def _check_resumable(before: RunConfig, now: RunConfig, run_path: Path) -> None:
             if field not in FREE_ON_RESUME.get(group, ()) and old[group][field] != value:
                 raise UsageError(
                     f"{run_path} was begun with {group}.{field}={old[group][field]!r}, got {value!r}; "
-                    "leave the flag out to continue it, or choose another --run-path"
+                    "to continue it give the same preset and flags as before; or choose another --run-path"
                 )
 
 
@@ -194,11 +214,21 @@ def _check_tokenizer(config: RunConfig, manifest: dict[str, Any], examples_path:
             )
 
 
-def _heldout_path(paths: RunPaths) -> Path | None:
-    if paths.heldout_path is not None:
-        return paths.heldout_path
-    beside = paths.examples_path / "heldout"
-    return beside if (beside / "manifest.json").exists() else None
+def _open_heldout(
+    paths: RunPaths, config: RunConfig, manifest: dict[str, Any], stack: contextlib.ExitStack
+) -> PackedRows | None:
+    """The rows for the held-out loss, None if there are none; of the same tokenizer as those to train on."""
+    path = paths.heldout_path or paths.examples_path / "heldout"
+    if paths.heldout_path is None and not path.exists():
+        return None
+    rows = stack.enter_context(_open_rows(path, config))
+    got, wanted = (each["tokenizer_fingerprint"] for each in (rows.shards.manifest, manifest))
+    if got != wanted:
+        raise UsageError(
+            f"tokenizer of the held-out examples {path} is {got}, that of {paths.examples_path} is {wanted}; "
+            "build both with the same --tokenizer-path"
+        )
+    return rows
 
 
 def _make_evaluate(rows: PackedRows, config: RunConfig, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5pegasus.axes import AxisMultiplier, ParamSpec
@@ -50,7 +51,7 @@ def init_state(config: ModelConfig, seed: int, mesh: Mesh) -> TrainState:
     def create(seed: jax.Array) -> TrainState:
         return start_state(init_parameters(config, seed), specs)
 
-    return jax.jit(create, out_shardings=state_shardings(specs, mesh))(seed)
+    return jax.jit(create, out_shardings=state_shardings(specs, mesh))(np.uint32(seed))
 
 
 def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> TrainState:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from t5pegasus.axes import ParamSpec
@@ -100,7 +101,7 @@ def _split_micro(batch: Batch, count: int) -> Batch:
 def make_heldout_loss(
     config: RunConfig, mesh: Mesh
 ) -> Callable[[dict[str, jax.Array], Iterable[Batch]], dict[str, float]]:
-    """A function (parameters, batches of this process's rows) → mean loss and accuracy over all target tokens."""
+    """A function (parameters, whole batches, the same in each process) → mean loss and accuracy per target token."""
     specs = declare_parameters(config.model)
     compute_dtype = resolve_compute_dtype(config)
 
@@ -111,8 +112,6 @@ def make_heldout_loss(
     jitted = _under(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
 
     def heldout_loss(parameters: dict[str, jax.Array], batches: Iterable[Batch]) -> dict[str, float]:
-        import numpy as np
-
         total = np.zeros(4)
         for batch in batches:
             rows = np.arange(len(batch.row_ids))

@@ -17,6 +17,7 @@ from t5pegasus.model.flops import training_flops_per_row
 from t5pegasus.model.t5 import bind, count_parameters, declare_parameters, init_parameters
 from t5pegasus.presets import PRESETS, preset
 from t5pegasus.sharding import RULES, make_mesh, param_shardings
+from t5pegasus.train.loss import sum_losses
 
 CONFIG = ModelConfig(
     vocab_size=61, d_model=16, d_kv=6, d_ff=24, num_heads=4, num_encoder_layers=2, num_decoder_layers=3,
@@ -80,11 +81,16 @@ def test_padding_changes_nothing(parameters):
     np.testing.assert_allclose(model(padded)[:, :5], model(tight), rtol=0, atol=2e-5)
 
 
-def test_a_packed_example_has_the_logits_it_has_alone(parameters):
+def test_a_packed_example_has_the_logits_and_the_loss_it_has_alone(parameters):
     lengths = [(5, 3), (4, 4), (6, 2)]
     packed, alone = make_rows([lengths], 18, 12), make_rows([[pair] for pair in lengths], 18, 12)
     model = bind(CONFIG, parameters)
     together, apart = model(packed), model(alone)
+    sums, sums_apart = (
+        sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
+        for logits, batch in ((together, packed), (apart, alone))
+    )
+    np.testing.assert_allclose(sums, sums_apart, rtol=1e-6)
     start = 0
     for row, (_, num_target) in enumerate(lengths):
         np.testing.assert_allclose(together[0, start : start + num_target], apart[row, :num_target], rtol=0, atol=2e-5)

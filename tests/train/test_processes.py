@@ -1,9 +1,11 @@
 """Laws of real processes: kill -9 loses nothing, and two processes train as one."""
 
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,10 +28,10 @@ sys.exit(main(sys.argv[1:]))
 COMMAND = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def start(script: str, *argv: object) -> subprocess.CompletedProcess:
+def start(script: str, *argv: object, **how: Any) -> subprocess.CompletedProcess:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}
     line = [sys.executable, "-c", script, *map(str, argv)]
-    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=280, env=environment)
+    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=280, env=environment, **how)
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,13 @@ def test_killed_while_saving_it_continues_bit_for_bit(pretrain, uninterrupted, t
     ours, theirs = load_arrays(find_checkpoint(run_path)), load_arrays(find_checkpoint(uninterrupted))
     for name, array in theirs.items():
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
+
+
+def test_a_disk_that_is_too_small_ends_the_run_with_its_exit_code(pretrain, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))  # noqa: E731 - runs in the child
+    ended = start(COMMAND, *pretrain, "--run-path", tmp_path / "run", preexec_fn=limit)
+    assert ended.returncode == 46, ended.stderr
+    assert ended.stderr.endswith(f"t5pegasus pretrain: {tmp_path}/run/checkpoints/2: File too large\n")
 
 
 def test_two_processes_continue_what_one_began(pretrain, uninterrupted, tmp_path):

@@ -1,12 +1,13 @@
 """Laws of a run folder: resuming equals never having stopped, damage is seen, mismatches stop at the border."""
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 
 from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, load_checkpoint_info, verify_checkpoint
-from t5pegasus.config import MeshConfig
+from t5pegasus.config import MeshConfig, read_json, write_json
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.train.metrics import read_metrics
 from t5pegasus.train.run import RunPaths, train_run
@@ -77,6 +78,57 @@ def test_another_config_in_the_same_folder_is_refused(whole, examples_path, run_
     other = dataclasses.replace(run_config, optimizer=dataclasses.replace(run_config.optimizer, learning_rate=1.0))
     with pytest.raises(UsageError, match=r"begun with optimizer.learning_rate=0.003, got 1.0"):
         train_run(other, RunPaths(whole, examples_path))
+
+
+def test_a_batch_that_does_not_divide_is_refused_before_anything_is_written(tmp_path, examples_path, run_config):
+    with pytest.raises(UsageError, match=r"batch_size=6 is not a multiple"):
+        train_run(with_train(run_config, batch_size=6), RunPaths(tmp_path / "run", examples_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_try_that_saved_nothing_leaves_no_tokenizer_behind(tmp_path, examples_path, run_config):
+    paths = RunPaths(tmp_path / "run", examples_path)
+    (paths.run_path / "tokenizer").mkdir(parents=True)
+    (paths.run_path / "tokenizer" / "vocab.txt").write_text("of other examples", encoding="utf-8")
+    last = train_run(with_train(run_config, steps=1), paths)
+    for folder in (paths.run_path, last):
+        assert (folder / "tokenizer" / "vocab.txt").read_text(encoding="utf-8") == "…"
+
+
+def test_heldout_examples_of_another_tokenizer_are_refused(tmp_path, examples_path, run_config):
+    other = tmp_path / "heldout"
+    shutil.copytree(examples_path / "heldout", other)
+    manifest = read_json(other / "manifest.json")
+    write_json(other / "manifest.json", manifest | {"tokenizer_fingerprint": "e" * 64})
+    with pytest.raises(UsageError, match=rf"held-out examples {other} is e{{64}}, that of .* is f{{64}}"):
+        train_run(run_config, RunPaths(tmp_path / "run", examples_path, other))
+
+
+def test_steps_that_the_start_has_already_made_are_refused(whole, tmp_path, examples_path, run_config):
+    with pytest.raises(UsageError, match=r"is at step 8, train.steps=8 leaves nothing to do.*larger"):
+        train_run(run_config, RunPaths(tmp_path / "run", examples_path, start_from=whole))
+
+
+def test_another_compute_dtype_must_be_named(whole, tmp_path, examples_path, run_config, monkeypatch):
+    paths = RunPaths(tmp_path / "run", examples_path)
+    train_run(with_train(run_config, steps=4), paths)
+    with monkeypatch.context() as accelerator:
+        accelerator.setattr("jax.default_backend", lambda: "gpu")
+        with pytest.raises(UsageError, match=r"compute dtype .* is float32, got bfloat16; keep it by --train.compute"):
+            train_run(run_config, paths)
+    last = train_run(with_train(run_config, compute_dtype="bfloat16"), paths)
+    assert load_checkpoint_info(last).compute_dtype == "bfloat16"
+    ours, theirs = (load_checkpoint_info(find_checkpoint(path)).history[-1]["loss"] for path in (last, whole))
+    assert ours == pytest.approx(theirs, rel=0.01)
+
+
+def test_a_run_remembers_what_it_was_begun_from(whole, tmp_path, examples_path, run_config, caplog):
+    begun = RunPaths(tmp_path / "run", examples_path, start_from=whole)
+    train_run(with_train(run_config, steps=9), begun)
+    other = RunPaths(tmp_path / "run", examples_path, start_from=whole / "checkpoints" / "4")
+    train_run(with_train(run_config, steps=10), other)
+    assert f"begun from {whole}, so {other.start_from} is not used" in caplog.text
+    assert read_json(begun.run_path / "config.json")["start_from"] == str(whole)
 
 
 def test_start_from_another_size_is_refused(whole, tmp_path, examples_path, run_config):

@@ -69,6 +69,12 @@ def test_a_batch_that_does_not_divide_is_named(run_config):
         make_train_step(config, make_mesh(MeshConfig()))
 
 
+def test_every_seed_that_a_config_admits_makes_a_state(run_config):
+    seeds = (0, 2**31, 2**32 - 1)
+    heads = [init_state(run_config.model, seed, make_mesh(MeshConfig())).parameters["lm_head"] for seed in seeds]
+    assert len({float(head[0, 0]) for head in heads}) == len(seeds)
+
+
 def test_adamw_is_optax_adamw_where_nothing_grew(run_config):
     specs = declare_parameters(run_config.model)
     config = OptimizerConfig(beta1=0.8, beta2=0.95, epsilon=1e-5, weight_decay=0.1)

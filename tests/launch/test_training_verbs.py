@@ -1,0 +1,47 @@
+"""Flags of pretrain and finetune: nothing that is given is ignored, and help shows what will be used."""
+
+import pytest
+
+from launch.verbs import finetune, pretrain
+from t5pegasus.errors import UsageError
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "flag"),
+    [
+        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.vocab-size"),
+        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.eos-token-id"),
+        (finetune.main, ["x", "--train-path", "x", "--run-path", "y"], "--train.steps"),
+    ],
+)
+def test_what_follows_from_something_else_has_no_flag(main, argv, flag, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*argv, flag, "5"])
+    assert ended.value.code == 2
+    assert f"Unrecognized options: {flag}" in capsys.readouterr().err
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    shown = []
+    for argv in (["--help"], ["base", "--help"], ["tiny", "--help"]):
+        with pytest.raises(SystemExit):
+            pretrain.main(argv)
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2]
+    assert "768" in shown[0]
+    assert "768" not in shown[2]
+
+
+@pytest.mark.parametrize(
+    ("main", "argv", "message"),
+    [
+        (pretrain.main, ["tinny", "--examples-path", "x", "--run-path", "y"], "perhaps you meant 'tiny'"),
+        (pretrain.main, ["--examples-path", "x", "--run-path", "y"], "no preset given; begin with one of tiny, small"),
+        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y", "--reset-rows"], "goes with --start-from"),
+        (finetune.main, ["x", "--run-path", "y"], "either as --train-path FILE or as --examples-path FOLDER"),
+        (finetune.main, ["x", "--run-path", "y", "--train-path", "z", "--epochs", "0"], "epochs=0.0 must be positive"),
+    ],
+)
+def test_commands_that_cannot_work_say_what_can(main, argv, message):
+    with pytest.raises(UsageError, match=message):
+        main(argv)
