@@ -83,7 +83,8 @@ def find_output_folder(checkpoint: Path) -> Path:
 
     Nothing is written into a checkpoint: its manifest lists every file.
     """
-    checkpoint = checkpoint.absolute()
+    if not checkpoint.parent.name:  # "." or a name without its folder
+        checkpoint = checkpoint.absolute()
     if checkpoint.parent.name == "checkpoints":
         return checkpoint.parent.parent
     return checkpoint.with_name(f"{checkpoint.name}.scores")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -58,16 +59,15 @@ def main(argv: list[str]) -> None:
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
 
     checkpoint = find_checkpoint(args.checkpoint)
-    source = load_checkpoint_info(checkpoint).config.model
-    target = choose_target(source, args.to, {field: getattr(args, field) for field in growing_fields()})
+    info = load_checkpoint_info(checkpoint)
+    target = choose_target(info.config.model, args.to, {field: getattr(args, field) for field in growing_fields()})
     output_path = args.output_path or default_output_path(args.checkpoint)
     done = grow_checkpoint(checkpoint, target, output_path, seed=args.seed, examples_path=args.examples_path)
     print(format_plan(done.plan))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
     print(f"receipt: {done.receipt}, {done.receipt.grown_bytes:,} bytes, {took}")
     print(f"checkpoint: {done.path}" + (" (already grown by this plan, nothing to do)" if done.already_there else ""))
-    examples = args.examples_path or "EXAMPLES"
-    print(f"next: t5pegasus pretrain --start-from {done.path} --examples-path {examples} --run-path {done.path}-run")
+    print(f"next: {_next_command(done.path, args.examples_path or find_examples(checkpoint), info.step)}")
 
 
 def growing_fields() -> tuple[str, ...]:
@@ -96,6 +96,22 @@ def default_output_path(checkpoint: Path) -> Path:
     if named.parent.name == "checkpoints":
         named = named.parent.parent
     return named.with_name(named.name + "-grown")
+
+
+def find_examples(checkpoint: Path) -> Path | None:
+    """The examples of the run that a checkpoint belongs to, None for a lone checkpoint."""
+    from t5pegasus.train.run import load_run_record
+
+    record = load_run_record(checkpoint.parent.parent) if checkpoint.parent.name == "checkpoints" else None
+    return None if record is None or record[1]["examples_path"] is None else Path(record[1]["examples_path"])
+
+
+def _next_command(grown: Path, examples_path: Path | None, step: int) -> str:
+    """How to train on: as many updates again, since steps go on being counted."""
+    examples = "EXAMPLES" if examples_path is None else shlex.quote(str(examples_path))
+    start, run = shlex.quote(str(grown)), shlex.quote(f"{grown}-run")
+    steps = f" --train.steps {2 * step}" if step else ""
+    return f"t5pegasus pretrain --start-from {start} --examples-path {examples} --run-path {run}{steps}"
 
 
 def format_plan(plan: "GrowthPlan") -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -121,7 +122,15 @@ def _train(args: Train) -> None:
         load_tokenizer(args.output_path)
         _require_same(request, read_tokenizer_json(args.output_path).get("made_by", {}), args.output_path)
         print(f"{args.output_path} is complete already, made the same way: nothing to do")
-        return
+    else:
+        _make(args, request)
+        print(f"wrote {args.output_path}")
+    inputs = shlex.join(map(str, args.input)) or "FILES"
+    tokenizer_path = shlex.quote(str(args.output_path))
+    print(f"next: t5pegasus build {inputs} --tokenizer-path {tokenizer_path} --output-path examples")
+
+
+def _make(args: Train, request: dict[str, Any]) -> None:
     if args.from_vocabulary is not None:
         tokenizer = adopt_vocabulary(args.from_vocabulary)
         tokenizer.save(args.output_path, made_by=request)
@@ -129,9 +138,6 @@ def _train(args: Train) -> None:
     else:
         report = _train_on_documents(args, request)
         print("\n".join(f"{key:<22} {value}" for key, value in report.items()))
-    inputs = " ".join(map(str, args.input)) or "FILES"
-    print(f"wrote {args.output_path}")
-    print(f"next: t5pegasus build {inputs} --tokenizer-path {args.output_path} --output-path examples")
 
 
 def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:

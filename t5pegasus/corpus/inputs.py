@@ -1,9 +1,12 @@
 """What a build reads: the identity of its input files, and about how many documents they hold."""
 
 import gzip
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import zstandard
 
 from t5pegasus.data.shards import hash_file
 
@@ -19,11 +22,14 @@ def estimate_documents(paths: Sequence[Path]) -> int | None:
     """About how many documents there are, from the first 16 MiB of each file; for the time left.
 
     Returns:
-        None if a file is of a kind without lines.
+        None if a file is of a kind without lines, or damaged: reading it says so in words.
     """
     if any(path.name.endswith(".parquet") for path in paths):
         return None
-    return sum(map(_estimate, paths))
+    try:
+        return sum(map(_estimate, paths))
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError):
+        return None
 
 
 def _estimate(path: Path) -> int:
@@ -32,8 +38,6 @@ def _estimate(path: Path) -> int:
             with gzip.GzipFile(fileobj=file) as stream:
                 sample = stream.read(_SAMPLE_BYTES)
         elif path.name.endswith(".zst"):
-            import zstandard
-
             with zstandard.ZstdDecompressor().stream_reader(file, closefd=False) as stream:
                 sample = stream.read(_SAMPLE_BYTES)
         else:

@@ -20,8 +20,9 @@ def _receipt(run: Run, growth: Growth) -> Markup:
     verdict = Markup(
         f"At step {escape(growth.step)} the model grew from {escape(receipt['source_parameters'])} to "
         f"{escape(receipt['grown_parameters'])} parameters. Its logits moved by at most "
-        f"<b>{receipt['max_logit_difference']:.2e}</b>, which is {receipt['floor_ratio']:.2f} times what reordering the same "
-        f"sums does in float32, and its loss by <b>{show_difference(receipt['nll_difference'])}</b> nats per token."
+        f"<b>{receipt['max_logit_difference']:.2e}</b>, which is {receipt['floor_ratio']:.2f} times what reordering "
+        f"the same sums does in float32, and its loss by "
+        f"<b>{show_difference(receipt['nll_difference'])}</b> nats per token."
     )
     changes = table(
         ("What grew", "Before", "After", "How", "Logits", "What sets it in motion"),

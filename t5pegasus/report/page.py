@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t5pegasus import __version__
+from t5pegasus.errors import UsageError
 from t5pegasus.report.curves import show_curves
 from t5pegasus.report.details import show_config, show_data, show_environment
 from t5pegasus.report.growth import show_growths
@@ -25,9 +26,14 @@ def write_report(run_paths: Sequence[Path], output_path: Path) -> list[Run]:
 
     Raises:
         ArtifactError: if one of them is no run folder.
-        UsageError: if a JSON file is damaged.
+        UsageError: if a JSON file is damaged, or `output_path` is a folder.
     """
+    if output_path.is_dir():
+        raise UsageError(
+            f"output {output_path} is a folder, a file was wanted; give {output_path / 'report.html'}, say"
+        )
     runs = load_runs(run_paths)
+    output_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_path.with_name(output_path.name + ".tmp")
     temporary.write_text(render_page(runs), encoding="utf-8")
     temporary.replace(output_path)

@@ -4,6 +4,7 @@ A record that cannot be used is counted by reason and left out; a file that cann
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any, BinaryIO
 from t5pegasus.errors import DataError, UsageError
 from t5pegasus.text.lines import MAX_RECORD_BYTES, NOT_UTF8, TOO_LONG, read_lines
 
+_JSON_BEGIN = re.compile(r'\s*\{\s*"')
 NOT_JSON = "not valid JSON"
 NOT_AN_OBJECT = "not a JSON object"
 NO_TEXT = "no text"
@@ -70,8 +72,9 @@ def check_paths(paths: Iterable[Path | str]) -> list[Path]:
 def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[dict[str, Any]]:
     """Records for a verb, one per line: JSON objects as they are, a line of plain text as `{key: line}`.
 
-    The first line that is not blank decides: if it is a JSON object, all lines must be objects that have
-    `key`. A blank line of plain text is a record with an empty text, so that line n stays answer n.
+    The first line that is not blank decides: if it is a JSON object, or begins like one (`{"`), all lines must
+    be objects that have `key`. A blank line of plain text is a record with an empty text, so that line n stays
+    answer n.
 
     Args:
         source: a file (also `.gz`, `.zst`) or an open binary stream such as `sys.stdin.buffer`.
@@ -79,7 +82,7 @@ def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[d
 
     Raises:
         UsageError: if the file is missing or damaged.
-        DataError: naming the line that is not UTF-8, not an object or lacks `key`.
+        DataError: naming the line that is not UTF-8, not an object, lacks `key` or holds half a surrogate pair.
     """
     is_json, num_blank = None, 0
     # A stream line by line, not in chunks: someone may be typing, or a pipe may wait for the answer.
@@ -95,7 +98,7 @@ def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[d
             if not text.strip():
                 num_blank += 1
                 continue
-            is_json = text.lstrip().startswith("{") and isinstance(_parse_json(text), dict)
+            is_json = _begins_like_json(text)
             yield from ({key: ""} for _ in range(0 if is_json else num_blank))
         if not is_json:
             yield {key: text}
@@ -103,6 +106,10 @@ def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[d
             record = _parse_json(text)
             if not isinstance(record, dict) or key not in record:
                 raise DataError(f"{place} must be a JSON object with the key {key!r}, got {text[:60]!r}")
+            if not _can_be_written(record):
+                raise DataError(
+                    f"{place} holds half a surrogate pair (an escape like \\ud800); mend or remove the line"
+                )
             yield record
     if is_json is None:
         yield from ({key: ""} for _ in range(num_blank))
@@ -147,6 +154,20 @@ def _parse_json(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def _begins_like_json(text: str) -> bool:
+    # A first line that was cut off must not turn a file of JSON lines into plain text.
+    return bool(_JSON_BEGIN.match(text)) or isinstance(_parse_json(text), dict)
+
+
+def _can_be_written(value: Any) -> bool:
+    r"""Whether no string in it holds half a surrogate pair (an escape such as \ud800), which no file can hold."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _make_document(record: dict[str, Any], default_id: str, dropped: Counter[str]) -> Document | None:

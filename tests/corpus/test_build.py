@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
 from t5pegasus.corpus import exchange, units
 from t5pegasus.corpus.build import BuildConfig, build_examples, describe_drops
@@ -198,6 +199,16 @@ def test_nothing_usable_is_a_data_error_with_the_reasons(tokenizer_path, tmp_pat
         build_examples([path], tokenizer_path, tmp_path / "examples", CONFIG, num_workers=1)
     assert caught.value.exit_code == 44
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["corpus.jsonl"]
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl.gz", "corpus.jsonl.zst"])
+def test_an_input_that_was_cut_off_is_refused_in_words(corpus, tokenizer_path, tmp_path, name):
+    compress = gzip.compress if name.endswith("gz") else zstandard.compress
+    for content in (compress(corpus.read_bytes())[:-30], b"not compressed"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UsageError, match=f"{name} is damaged or cut off"):
+            build_examples([tmp_path / name], tokenizer_path, tmp_path / "examples", CONFIG, num_workers=1)
+        assert not (tmp_path / "examples").exists()
 
 
 def test_holding_out_everything_is_refused(corpus, tokenizer_path, tmp_path):

@@ -152,7 +152,7 @@ def test_killed_and_run_again_it_writes_the_same_bytes(checkpoint_path, grown, t
         "12 → 17",
         "receipt: max |Δlogit|",
         f"checkpoint: {output_path}",
-        "next: t5pegasus pretrain",
+        f"next: t5pegasus pretrain --start-from {output_path}",
     ):
         assert expected in printed
     assert cli.main(command) == 0

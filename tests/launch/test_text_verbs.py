@@ -1,5 +1,6 @@
 import io
 import json
+import shlex
 import subprocess
 import sys
 
@@ -33,7 +34,9 @@ def test_train_encode_decode(corpus, tmp_path, capsys, monkeypatch):
     tokenizer.main(train)
     out = capsys.readouterr().out
     assert "num_unknown            0" in out
-    assert out.endswith(f"next: t5pegasus build {corpus} --tokenizer-path {path} --output-path examples\n")
+    assert out.endswith(
+        f"next: t5pegasus build {shlex.quote(str(corpus))} --tokenizer-path {path} --output-path examples\n"
+    )
     before = (path / "tokenizer.json").stat()
     tokenizer.main(train)
     assert "complete already" in capsys.readouterr().out

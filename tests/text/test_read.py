@@ -164,6 +164,8 @@ def test_verbs_name_the_line_they_cannot_read():
     for content, message in [
         (b'{"text": "a"}\nplain\n', "stdin:2 must be a JSON object with the key 'text', got 'plain'"),
         (b'{"body": "a"}\n', "stdin:1 must be a JSON object with the key 'text'"),
+        ('{"text": "今\n{"text": "天"}\n'.encode(), "stdin:1 must be a JSON object with the key 'text'"),
+        (b'{"text": "\\ud800"}\n', "stdin:1 holds half a surrogate pair"),
         ("甲\n".encode() + "乙".encode("gbk"), "stdin:2 is not valid UTF-8"),
     ]:
         with pytest.raises(DataError, match=message):

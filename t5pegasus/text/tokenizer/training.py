@@ -67,8 +67,8 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int) -> Wordpiece
     smallest = len(SPECIALS) + len(common) + len(_CONTINUATIONS)
     if vocab_size < smallest:
         raise UsageError(
-            f"vocab_size={vocab_size} is too small: specials, common characters and single ## pieces are "
-            f"{smallest} entries"
+            f"vocab_size={vocab_size} is too small: specials, common characters and single ## pieces alone are "
+            f"{smallest} entries; set vocab_size to {smallest} or more"
         )
     words, characters = _count_words(documents)
     if not characters:
@@ -133,9 +133,9 @@ def train_sentencepiece(documents: Iterable[Document], vocab_size: int) -> Sente
         if sentences.count == 0:
             raise DataError("the documents have no text to train a tokenizer on") from None
         if at_least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            bound = f"too small: characters, bytes and specials alone are {at_least[1]} entries"
+            bound = f"too small: characters, bytes and specials alone are {at_least[1]} entries; give more"
         elif at_most := re.search(r"too high .* <= (\d+)", str(error)):
-            bound = f"too large: the documents give {at_most[1]} entries at most; give more documents"
+            bound = f"too large: the documents give {at_most[1]} entries at most; give more documents or a smaller size"
         else:
             raise
         raise UsageError(f"vocab_size={vocab_size} is {bound}") from None
