@@ -168,6 +168,16 @@ def test_chain_is_followed_after_all_was_moved(flow: Path, tmp_path: Path):
     assert [run.name for run in load_runs([moved / flow.name])] == ["pretrain", "continue", "finetune"]
 
 
+def test_a_run_moved_alone_is_not_taken_for_its_own_parent(flow: Path, tmp_path: Path):
+    write_checkpoint(flow / "checkpoints" / "1000", 1000, "tuned")  # the name of the checkpoint it started from
+    alone = flow.rename(tmp_path / "alone")
+    for name in ("pretrain", "grown", "continue"):
+        (tmp_path / name).rename(tmp_path / "examples" / name)
+    assert [run.name for run in load_runs([alone])] == ["alone"]
+    write_report([alone], tmp_path / "report.html")
+    assert "whose run is not here" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_page_is_whole_and_self_contained(flow: Path, tmp_path: Path):
     write_report([flow], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -130,6 +130,8 @@ def _load(path: Path, runs: dict[Path, Run]) -> Run:
     record = read_json(path / "config.json")
     check_schema(record, path / "config.json")
     start_from = _locate(record.get("start_from"), path)
+    if start_from is not None and start_from.is_relative_to(path):
+        start_from = None  # of a run that was moved alone, `checkpoints/STEP` is found in itself
     growths, source = _follow_growths(start_from, path) if start_from else ((), None)
     parent_path = _run_of(source)
     parent = _load(parent_path, runs) if parent_path else None
