@@ -1,6 +1,7 @@
 """What every test starts from: eight CPU devices, strict shapes, nothing left from earlier runs."""
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# A program that several tests run is compiled once: into a folder that goes when the tests end.
+_compiled = tempfile.TemporaryDirectory(prefix="t5pegasus-tests-")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 settings.register_profile("same examples every time", derandomize=True, database=None, deadline=None)
 settings.load_profile("same examples every time")
