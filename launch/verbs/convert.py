@@ -1,6 +1,7 @@
 """`t5pegasus convert`: a Hugging Face folder becomes a checkpoint, a checkpoint a Hugging Face folder."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -42,5 +43,5 @@ def main(argv: list[str]) -> None:
     if args.tokenizer_path is not None:
         raise UsageError(f"--tokenizer-path is for a Hugging Face source; {args.source} brings its own tokenizer")
     path = export_hf(args.source, args.output)
-    print(f"Hugging Face folder: {path}")
-    print(f"next: (cd {path} && sha256sum --check SHA256SUMS); transformers loads it as MT5ForConditionalGeneration")
+    print(f"Hugging Face folder: {path}, which transformers loads as MT5ForConditionalGeneration")
+    print(f"next: (cd {shlex.quote(str(path))} && sha256sum --check SHA256SUMS)")
