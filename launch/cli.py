@@ -117,6 +117,7 @@ def _dispatch(argv: list[str]) -> int:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("t5pegasus").setLevel(logging.INFO)  # e.g. that a run is finished; of others, warnings only
 
 
 def _report(error: BaseException, speaker: str) -> int:

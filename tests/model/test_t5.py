@@ -139,7 +139,7 @@ def test_every_parameter_has_axes_and_every_axis_a_rule(name):
         assert {logical_axis(axis) for axis in spec.axes} <= set(LOGICAL_AXES) <= RULES.keys()
 
 
-@pytest.mark.parametrize("name", ["tiny", "base", "large", "xl"])
+@pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
 def test_supported_meshes_divide_every_preset(name, sizes):
     param_shardings(declare_parameters(preset(name).model), make_mesh(MeshConfig(*sizes)))
