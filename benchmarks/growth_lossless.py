@@ -49,16 +49,15 @@ def main() -> None:
 
     source_nll = held_out(config, config.model, state.parameters, args.examples_path)
     print(f"source: {source_nll:.6f} nats per target token")
-    print(f"{'to':<60}{'ours':>12}{'peer':>12}   peer")
     for label, model, peer_name, peer in (
         (args.to, target, "overlap", overlap(target, state.parameters)),
         ("twice the layers", deeper, "stack", stack(state.parameters)),
     ):
         ours = held_out(config, model, grow(model), args.examples_path) - source_nll
         theirs = held_out(config, model, peer, args.examples_path) - source_nll
-        print(
-            f"{label:<60}{ours:>+12.2e}{theirs:>+12.2e}   {peer_name}, ratio {abs(theirs) / max(abs(ours), 1e-9):.1e}"
-        )
+        resolution = float(np.finfo(np.float32).eps) * source_nll  # float32 sums cannot tell smaller differences
+        ratio = f"ratio {'at least ' if abs(ours) < resolution else ''}{abs(theirs) / max(abs(ours), resolution):.0e}"
+        print(f"{label}\n  ours {ours:+.1e}, {peer_name} {theirs:+.3f} nats per target token: {ratio}")
 
 
 def held_out(config: RunConfig, model: ModelConfig, parameters: dict, examples_path: Path) -> float:
