@@ -17,7 +17,7 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 
-# a third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
+# A third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: help install quickstart test test-all lint types contracts

@@ -223,6 +223,14 @@ class RunConfig(_JsonRoundTrip):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        optimizer, steps = self.optimizer, self.train.steps
+        _require(
+            optimizer.decay_steps == 0 or optimizer.warmup_steps + optimizer.decay_steps <= steps,
+            f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={optimizer.decay_steps} do not fit into "
+            f"train.steps={steps}; shorten them, or train longer",
+        )
+
 
 def check_schema(value: dict[str, Any], path: Path) -> None:
     """Refuse a JSON artifact of another schema version, naming both."""

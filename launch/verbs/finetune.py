@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import cast
 
@@ -86,7 +87,8 @@ def main(argv: list[str]) -> None:
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     paths = RunPaths(args.run_path, examples_path, heldout_path, source)
     checkpoint = train_run(config, paths, keep_state=False)
-    report_result(checkpoint, args.run_path, f"t5pegasus evaluate {args.run_path} --pairs-path PAIRS")
+    pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]
+    report_result(checkpoint, args.run_path, shlex.join(["t5pegasus", "evaluate", str(args.run_path), *pairs]))
 
 
 def _build_pairs(pairs_path: Path, tokenizer_path: Path, output_path: Path, data: DataConfig) -> Path:
@@ -97,7 +99,6 @@ def _build_pairs(pairs_path: Path, tokenizer_path: Path, output_path: Path, data
     from t5pegasus.corpus.build import BuildConfig, build_examples
 
     if jax.process_index() == 0:
-        output_path.parent.mkdir(parents=True, exist_ok=True)
         lengths = {"max_source_tokens": data.max_source_tokens, "max_target_tokens": data.max_target_tokens}
         build_examples([pairs_path], tokenizer_path, output_path, BuildConfig(kind="pairs", **lengths))
     if jax.process_count() > 1:

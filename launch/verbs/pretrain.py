@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,9 @@ def main(argv: list[str]) -> None:
         config = fit_to_examples(config, manifest)
     paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
     checkpoint = train_run(config, paths, reset_rows=args.reset_rows)
-    report_result(checkpoint, args.run_path, f"t5pegasus grow {args.run_path} --to d_model=… --output-path grown")
+    wider = f"d_model={model.d_model * 3 // 2}"
+    grow = ["grow", args.run_path, "--to", wider, "--examples-path", args.examples_path]
+    report_result(checkpoint, args.run_path, shlex.join(map(str, ["t5pegasus", *grow])))
 
 
 def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
@@ -88,7 +91,7 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
         losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in history[-3:])
         print(f"held-out loss: {losses}")
     print(f"checkpoint: {checkpoint}")
-    print(f"next: {next_command}   or: t5pegasus report {run_path}")
+    print(f"next: {next_command}   or: t5pegasus report {shlex.quote(str(run_path))}")
 
 
 def _defaults(argv: list[str]) -> dict[str, Any]:

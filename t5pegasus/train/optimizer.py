@@ -30,7 +30,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
         case "cosine":
             body = optax.cosine_decay_schedule(peak, remaining, alpha=config.final_learning_rate_fraction)
         case "wsd":
-            decay = min(config.decay_steps, remaining)
+            decay = config.decay_steps
             parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, max(1, decay))]
             body = optax.join_schedules(parts, [remaining - decay]) if decay else parts[0]
 
