@@ -210,7 +210,7 @@ def _check_tokenizer(config: RunConfig, manifest: dict[str, Any], examples_path:
         if getattr(config.model, field) != getattr(wanted, field):
             raise UsageError(
                 f"model.{field}={getattr(config.model, field)} differs from {getattr(wanted, field)} of the tokenizer "
-                f"in {examples_path}; build the examples with the tokenizer the checkpoint holds in its folder tokenizer"
+                f"in {examples_path}; build the examples with the tokenizer in the checkpoint's folder"
             )
 
 
