@@ -77,8 +77,8 @@ def format_help() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code of the process.
 
-    0 complete, 1 bug (with its traceback), 2 usage or bad input, 42 checkpointed and to be requeued, 44 bad
-    data, 45 diverged, 46 disk or I/O, 130 interrupted. In a job of several processes a failing one ends at
+    0 complete, 1 bug (with its traceback), 2 usage or bad input, 44 bad data, 45 diverged, 46 disk or I/O,
+    130 interrupted. In a job of several processes a failing one ends at
     once, without the clean-up in which JAX would wait for peers that are themselves waiting for it.
     """
     code = _run(sys.argv[1:] if argv is None else argv)

@@ -18,9 +18,6 @@ from typing import IO, NamedTuple
 
 from t5pegasus.errors import UsageError
 
-CHECKPOINTED = 42
-"""The exit code of a run that saved itself to be continued later."""
-
 _ABORTED = 128 + signal.SIGABRT
 
 
@@ -119,9 +116,7 @@ def _collect_endings(ended: "queue.SimpleQueue[Ending]", num_processes: int) -> 
     with contextlib.suppress(queue.Empty):
         while len(endings) < num_processes:
             endings.append(ended.get(timeout=grace_seconds))
-            if endings[-1].code == CHECKPOINTED:
-                grace_seconds = 30.0  # the checkpoint is whole, but peers may have files to close
-            elif endings[-1].code != 0:
+            if endings[-1].code != 0:
                 grace_seconds = 1.0  # peers that fail for the same reason may still say so
     return endings
 

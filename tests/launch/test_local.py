@@ -106,7 +106,7 @@ def test_lines_stay_whole_and_marked(capfdbinary):
         ([(0, 134), (1, 1)], 1),  # the abort is JAX's answer to the death of a peer
         ([(0, 134), (1, 134)], 134),
         ([(1, 137), (0, 1)], 137),  # killed from outside; its peer then failed in a collective
-        ([(0, 0), (1, 42)], 42),
+        ([(0, 0), (1, 44)], 44),
     ],
 )
 def test_the_first_to_fail_is_blamed(endings, code):
