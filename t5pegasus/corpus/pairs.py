@@ -5,9 +5,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from t5pegasus.errors import UsageError
-from t5pegasus.text.lines import NOT_UTF8, TOO_LONG, read_lines
-from t5pegasus.text.read import NOT_JSON, Document
+from t5pegasus.text.lines import NOT_UTF8, read_texts
+from t5pegasus.text.read import NOT_JSON, Document, check_paths
 
 NOT_A_PAIR = "no summary and text"
 _KINDS = tuple(kind + packing for kind in (".jsonl", ".tsv") for packing in ("", ".gz", ".zst"))
@@ -19,15 +18,7 @@ def check_pair_paths(paths: Iterable[Path | str]) -> list[Path]:
     Raises:
         UsageError: naming the path and what to do.
     """
-    checked = [Path(path) for path in paths]
-    if not checked:
-        raise UsageError("no input files were given; name at least one")
-    for path in checked:
-        if not path.is_file():
-            raise UsageError(f"input {path} is not a file; name a file of pairs ({', '.join(_KINDS)})")
-        if not path.name.endswith(_KINDS):
-            raise UsageError(f"input {path} is of an unknown kind; pairs are read from {', '.join(_KINDS)}")
-    return checked
+    return check_paths(paths, _KINDS)
 
 
 def read_pairs(paths: Sequence[Path], dropped: Counter[str]) -> Iterator[Document]:
@@ -45,23 +36,10 @@ def read_pairs(paths: Sequence[Path], dropped: Counter[str]) -> Iterator[Documen
     """
     for path in paths:
         parse = _parse_json if ".jsonl" in path.suffixes else _parse_tabbed
-        for number, line in read_lines(path):
-            if line is None:
-                dropped[TOO_LONG] += 1
-            elif line.strip():
-                pair = _decode(line, number, dropped)
-                if pair is not None:
-                    document = parse(pair, f"{path.name}:{number}", dropped)
-                    if document is not None:
-                        yield document
-
-
-def _decode(line: bytes, number: int, dropped: Counter[str]) -> str | None:
-    try:
-        return line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
-    except UnicodeDecodeError:
-        dropped[NOT_UTF8] += 1
-        return None
+        for number, line in read_texts(path, dropped):
+            document = parse(line.rstrip("\r"), f"{path.name}:{number}", dropped)
+            if document is not None:
+                yield document
 
 
 def _parse_json(line: str, default_id: str, dropped: Counter[str]) -> Document | None:

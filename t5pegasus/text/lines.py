@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,20 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
         UsageError: if the file is missing, damaged or cut off.
     """
     return _split_lines(_read_chunks(path))
+
+
+def read_texts(path: Path, dropped: Counter[str]) -> Iterator[tuple[int, str]]:
+    """The lines of a file that hold text, with their numbers; those too long or not UTF-8 are counted instead."""
+    for number, line in read_lines(path):
+        if line is None:
+            dropped[TOO_LONG] += 1
+        elif line.strip():
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                dropped[NOT_UTF8] += 1
+            else:
+                yield number, text
 
 
 def _split_lines(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes | None]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from t5pegasus.errors import DataError, UsageError
-from t5pegasus.text.lines import MAX_RECORD_BYTES, NOT_UTF8, TOO_LONG, read_lines
+from t5pegasus.text.lines import MAX_RECORD_BYTES, NOT_UTF8, TOO_LONG, read_lines, read_texts
 
 _JSON_BEGIN = re.compile(r'\s*\{\s*"')
 NOT_JSON = "not valid JSON"
@@ -49,12 +49,17 @@ def read_documents(paths: Iterable[Path | str], dropped: Counter[str] | None = N
     return _read_all(checked, Counter() if dropped is None else dropped)
 
 
-def check_paths(paths: Iterable[Path | str]) -> list[Path]:
+def check_paths(paths: Iterable[Path | str], kinds: Iterable[str] = ()) -> list[Path]:
     """The paths, each an existing, non-empty file of a kind that can be read.
+
+    Args:
+        paths: files.
+        kinds: the endings they may have; those of documents if not given.
 
     Raises:
         UsageError: naming the path and what to do.
     """
+    kinds = tuple(kinds) or tuple(_READERS)
     checked = [Path(path) for path in paths]
     if not checked:
         raise UsageError("no input files were given; name at least one")
@@ -63,7 +68,8 @@ def check_paths(paths: Iterable[Path | str]) -> list[Path]:
             raise UsageError(f"input {path} does not exist")
         if path.is_dir():
             raise UsageError(f"input {path} is a folder; name the files in it, e.g. {path}/*.jsonl")
-        _find_reader(path)
+        if not path.name.endswith(kinds):
+            raise UsageError(f"input {path} is of an unknown kind; known are {', '.join(kinds)}")
         if path.stat().st_size == 0:
             raise UsageError(f"input {path} is empty; leave it out or write it anew")
     return checked
@@ -117,28 +123,12 @@ def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[d
 
 def _read_all(paths: list[Path], dropped: Counter[str]) -> Iterator[Document]:
     for path in paths:
-        yield from _find_reader(path)(path, dropped)
-
-
-def _find_reader(path: Path):
-    for suffix, reader in _READERS.items():
-        if path.name.endswith(suffix):
-            return reader
-    raise UsageError(f"input {path} is of an unknown kind; known are {', '.join(_READERS)}")
+        read = next(reader for suffix, reader in _READERS.items() if path.name.endswith(suffix))
+        yield from read(path, dropped)
 
 
 def _read_json_lines(path: Path, dropped: Counter[str]) -> Iterator[Document]:
-    for number, line in read_lines(path):
-        if line is None:
-            dropped[TOO_LONG] += 1
-            continue
-        if not line.strip():
-            continue
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError:
-            dropped[NOT_UTF8] += 1
-            continue
+    for number, text in read_texts(path, dropped):
         record = _parse_json(text)
         if isinstance(record, dict):
             document = _make_document(record, f"{path.name}:{number}", dropped)
