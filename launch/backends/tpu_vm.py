@@ -50,13 +50,17 @@ class TpuVms:
     """
 
     project: str
+    """Google Cloud project that pays."""
     zone: str
+    """For example us-west4-a."""
     accelerator: str
-    """Generation and size as Google names them: `v5litepod-16`, `v6e-8`, `v4-32`."""
+    """Generation and size as Google names them: v5litepod-16, v6e-8, v4-32."""
     slices: int = 1
+    """How many such TPUs, joined by the data-centre network."""
     capacity: Literal["spot", "reserved", "on-demand"] = "spot"
+    """Spot is cheap and can be taken away at any time."""
     max_wait_hours: int = 6
-    """How long to wait for capacity."""
+    """Give up when there is no capacity for so long."""
 
     def __post_init__(self) -> None:
         generation, _, size = self.accelerator.partition("-")

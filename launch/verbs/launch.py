@@ -3,10 +3,11 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from launch.backends.tpu_vm import TpuVms, run_on_tpu_vm, show_tpu_vm_plan
 from launch.job import JobSpec
 
 
@@ -26,8 +27,8 @@ class Local:
     """CPU devices of each process, as a host has chips."""
 
 
-@dataclasses.dataclass(frozen=True)
-class TpuVm:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TpuVm(TpuVms):
     """Run a verb on new Cloud TPU VMs (queued resources: TPU v2 to v6e) with the code of this folder.
 
     For example: t5pegasus launch tpu-vm --dry-run --name zh-base --project my-project --zone us-west4-a
@@ -40,18 +41,6 @@ class TpuVm:
 
     name: str
     """Names the TPU, its VMs and the folder there."""
-    project: str
-    """Google Cloud project that pays."""
-    zone: str
-    """For example us-west4-a."""
-    accelerator: str
-    """Generation and size, for example v5litepod-16, v6e-8, v4-32."""
-    slices: int = 1
-    """How many such TPUs, joined by the data-centre network."""
-    capacity: Literal["spot", "reserved", "on-demand"] = "spot"
-    """Spot is cheap and can be taken away at any time."""
-    max_wait_hours: int = 6
-    """Give up when there is no capacity for so long."""
     delete_after: bool = False
     """Delete the TPU and its disks as soon as the job has ended."""
     dry_run: bool = False
@@ -81,18 +70,8 @@ def _run_here(where: Local, command: tuple[str, ...]) -> int:
 
 
 def _run_on_tpu_vm(where: TpuVm, command: tuple[str, ...]) -> int:
-    from launch.backends.tpu_vm import TpuVms, run_on_tpu_vm, show_tpu_vm_plan
-
     job = JobSpec(command, where.name)
-    vms = TpuVms(
-        project=where.project,
-        zone=where.zone,
-        accelerator=where.accelerator,
-        slices=where.slices,
-        capacity=where.capacity,
-        max_wait_hours=where.max_wait_hours,
-    )
     if where.dry_run:
-        print(show_tpu_vm_plan(job, vms, Path.cwd()))
+        print(show_tpu_vm_plan(job, where, Path.cwd()))
         return 0
-    return run_on_tpu_vm(job, vms, Path.cwd(), delete_after=where.delete_after)
+    return run_on_tpu_vm(job, where, Path.cwd(), delete_after=where.delete_after)
