@@ -17,7 +17,7 @@ from t5pegasus.sample import HELDOUT_PATH, TRAIN_PATH
 
 GROW_AT_STEP = 60
 LAST_STEP = 120
-EPOCHS = 12
+EPOCHS = 16
 GROW_TO = "d_model=96,d_ff=256,num_heads=12,num_encoder_layers=3,num_decoder_layers=3"
 NUM_SHOWN = 5
 
@@ -41,7 +41,7 @@ def run_quickstart(folder: Path) -> None:
     _run("pretrain", "--start-from", grown, "--examples-path", examples, "--run-path", continued,
          "--heldout-path", heldout, "--train.steps", LAST_STEP)  # fmt: skip
     _run("finetune", continued, "--train-path", train_pairs, "--heldout-path", heldout_pairs,
-         "--run-path", finetuned, "--epochs", EPOCHS, "--train.batch-size", 16,
+         "--run-path", finetuned, "--epochs", EPOCHS, "--optimizer.learning-rate", 1e-3, "--train.batch-size", 16,
          "--train.evaluate-every-steps", 20)  # fmt: skip
     _run("evaluate", finetuned, "--pairs-path", heldout_pairs)
     report = folder / "report.html"
