@@ -137,7 +137,13 @@ def _make(args: Train, request: dict[str, Any]) -> None:
         print(f"adopted {args.from_vocabulary}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
     else:
         report = _train_on_documents(args, request)
-        print("\n".join(f"{key:<22} {value}" for key, value in report.items()))
+        left_out = "".join(f", {count:,} {reason}" for reason, count in report["dropped"].items())
+        print(f"trained on {report['documents']:,} documents{left_out}")
+        measured = min(report["documents"], NUM_COVERAGE_DOCUMENTS)
+        print(
+            f"on the first {measured:,} of them: {report['characters_per_token']:.2f} characters per token, "
+            f"{100 * report['unknown_rate']:.3f} % of {report['num_tokens']:,} tokens unknown"
+        )
 
 
 def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
         tokenizer = train(_iterate_documents(args.input, dropped, progress), args.vocab_size)
         num_documents = progress.done
     some = islice(clean_documents(read_documents(args.input), Counter()), NUM_COVERAGE_DOCUMENTS)
-    report = {"documents": num_documents, "dropped": dict(sorted(dropped.items()))}
+    report: dict[str, Any] = {"documents": num_documents, "dropped": dict(sorted(dropped.items()))}
     report |= {key: round(value, 6) for key, value in measure_coverage(tokenizer, some).items()}
     tokenizer.save(args.output_path, made_by=request | {"report": report})
     return report
