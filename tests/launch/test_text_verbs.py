@@ -33,7 +33,7 @@ def test_train_encode_decode(corpus, tmp_path, capsys, monkeypatch):
     train = ["train", "--input", str(corpus), "--output-path", str(path), "--vocab-size", "4025"]
     tokenizer.main(train)
     out = capsys.readouterr().out
-    assert "num_unknown            0" in out
+    assert "0.000 % of 2,208 tokens unknown" in out
     assert out.endswith(
         f"next: t5pegasus build {shlex.quote(str(corpus))} --tokenizer-path {path} --output-path examples\n"
     )
