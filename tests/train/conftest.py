@@ -41,6 +41,13 @@ def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def many_examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_examples(tmp_path_factory.mktemp("data") / "many", count=2000, seed=0)
+    write_examples(folder / "heldout", count=100, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def run_config() -> RunConfig:
     return RunConfig(
         model=dataclasses.replace(tiny().model, vocab_size=VOCAB_SIZE, dropout_rate=0.1),

@@ -159,3 +159,12 @@ def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_p
     (last / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="not a finished checkpoint"):
         verify_checkpoint(last)
+
+
+@pytest.mark.slow
+def test_a_model_learns_to_read_its_source(tmp_path, many_examples_path, run_config):
+    """Targets repeat the beginning of their source: guessing without reading costs over 2 nats per token."""
+    config = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, dropout_rate=0.0))
+    config = with_train(config, steps=200, batch_size=16, log_every_steps=50, evaluate_every_steps=200)
+    last = train_run(config, RunPaths(tmp_path / "run", many_examples_path))
+    assert load_checkpoint_info(last).history[-1]["loss"] < 0.6
