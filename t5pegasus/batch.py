@@ -9,7 +9,8 @@ Array = Any
 class Batch(NamedTuple):
     """A batch of packed rows; field names are seqio's. B rows, S source and T target positions.
 
-    Segment ids count 1, 2, … along a row, 0 is padding; positions restart at 0 in every segment.
+    Segment ids count 1, 2, … along a row, 0 is padding; positions restart at 0 in every segment. A negative id -n
+    marks a position that reads segment n and that nothing reads: padding as other implementations treat it.
     """
 
     encoder_input_tokens: Array

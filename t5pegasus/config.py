@@ -54,9 +54,10 @@ def _from_json_value(hint: Any, value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_JsonRoundTrip):
-    """Shape and numerics of a T5.1.1/mT5 encoder-decoder; fields carry the Hugging Face names.
+    """Shape and numerics of a T5 encoder-decoder; fields carry the Hugging Face names.
 
-    Gated GELU (tanh form), RMS norm, relative position bias, untied output head, no biases.
+    RMS norm, relative position bias and no biases in all of them. The fields from `feed_forward_proj` to
+    `inner_dropout` are the numerics, in which the families differ: `NUMERICS` names their combinations.
     """
 
     vocab_size: int = 50_000
@@ -73,8 +74,29 @@ class ModelConfig(_JsonRoundTrip):
     pad_token_id: int = 0
     decoder_start_token_id: int = 101
     eos_token_id: int = 102
+    feed_forward_proj: Literal["gated-gelu", "gated-gelu-erf", "relu"] = "gated-gelu"
+    """gated-gelu takes GELU's tanh form, as Hugging Face's does, gated-gelu-erf the exact one; relu has no gate."""
+    tie_word_embeddings: bool = False
+    """The token embedding is the output head, too."""
+    scale_decoder_outputs: bool = False
+    """The head reads the decoder's output times d_model^-0.5."""
+    cross_attention_bias: bool = False
+    """Cross-attention adds the decoder's relative bias, too, by target minus source position."""
+    inner_dropout: bool = True
+    """Dropout also of attention weights and feed-forward units, not of what blocks add to the stream only."""
+
+    @property
+    def numerics(self) -> str:
+        """The name of its combination of numerics in `NUMERICS`, or `custom`."""
+        own = {field: getattr(self, field) for field in NUMERICS["hf-mt5"]}
+        return next((name for name, fields in NUMERICS.items() if fields == own), "custom")
 
     def __post_init__(self) -> None:
+        choices = ("gated-gelu", "gated-gelu-erf", "relu")
+        _require(
+            self.feed_forward_proj in choices,
+            f"model.feed_forward_proj={self.feed_forward_proj!r} must be one of {', '.join(choices)}",
+        )
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_encoder_layers", "num_decoder_layers"):
             _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         _require(0.0 <= self.dropout_rate < 1.0, f"model.dropout_rate={self.dropout_rate} must lie in [0, 1)")
@@ -94,6 +116,25 @@ class ModelConfig(_JsonRoundTrip):
                 0 <= getattr(self, name) < self.vocab_size,
                 f"model.{name}={getattr(self, name)} must lie in [0, vocab_size={self.vocab_size})",
             )
+
+
+def _numerics(feed_forward_proj: str, *, tied: bool, scaled: bool, cross_bias: bool, inner_dropout: bool) -> dict:
+    return {
+        "feed_forward_proj": feed_forward_proj,
+        "tie_word_embeddings": tied,
+        "scale_decoder_outputs": scaled,
+        "cross_attention_bias": cross_bias,
+        "inner_dropout": inner_dropout,
+    }
+
+
+NUMERICS: dict[str, dict[str, Any]] = {
+    "hf-mt5": _numerics("gated-gelu", tied=False, scaled=False, cross_bias=False, inner_dropout=True),
+    "bert4keras": _numerics("gated-gelu-erf", tied=False, scaled=True, cross_bias=True, inner_dropout=False),
+    "t5-1.0": _numerics("relu", tied=True, scaled=True, cross_bias=False, inner_dropout=True),
+}
+"""Numerics by name: mT5 and T5.1.1 as in T5X and Hugging Face (what fresh runs take), the released T5 PEGASUS
+models (bert4keras), and the original T5."""
 
 
 @dataclasses.dataclass(frozen=True)

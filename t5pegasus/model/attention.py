@@ -51,27 +51,28 @@ def relative_bias(
 ) -> jax.Array:
     """The bias of every head for every pair of positions, computed once per stack.
 
-    Distances within a segment of a packed row equal the differences of row indices, so rows need no positions.
+    Within self-attention, distances in a segment of a packed row equal the differences of row indices, so one row
+    of positions serves the batch. Cross-attention needs the positions within the segments, row by row.
 
     Args:
         table: [relpos_buckets, heads].
-        query_positions: int32 [t].
-        key_positions: int32 [s].
+        query_positions: int32 [1 or b, t].
+        key_positions: int32 [1 or b, s].
         config: number of buckets and largest distance.
         bidirectional: True in the encoder.
 
     Returns:
-        [1, heads, t, s].
+        [1 or b, heads, t, s].
     """
     buckets = relative_position_bucket(
-        key_positions[None, :] - query_positions[:, None],
+        key_positions[:, None, :] - query_positions[:, :, None],
         bidirectional=bidirectional,
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
     # A matrix product instead of a gather: its gradient is a matrix product too, not a scatter of t·s rows into 32.
     one_hot = jax.nn.one_hot(buckets, config.relative_attention_num_buckets, dtype=table.dtype)
-    return jnp.einsum("tsr,rh->hts", one_hot, table)[None]
+    return jnp.einsum("btsr,rh->bhts", one_hot, table)
 
 
 class Attention(nnx.Module):
@@ -85,6 +86,7 @@ class Attention(nnx.Module):
             f"{kind}.vo",
         )
         self.place = kind.partition(".")[2]
+        self.drops_weights = config.inner_dropout
         self.query = declare(config, layers, "embed", heads, qk, contracted=("embed", qk))
         self.key = declare(config, layers, "embed", heads, qk, contracted=("embed",))
         self.value = declare(config, layers, "embed", heads, vo, contracted=("embed",))
@@ -127,7 +129,8 @@ class Attention(nnx.Module):
             logits += jnp.broadcast_to(bias.astype(wide), logits.shape)
         logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min / 2)
         weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        weights = dropout(weights, f"{self.place}_weights", shared_axis=2)
+        if self.drops_weights:
+            weights = dropout(weights, f"{self.place}_weights", shared_axis=2)
         mixed = jnp.einsum("bhts,bshk->bthk", weights, values)
         return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(x.dtype))
 

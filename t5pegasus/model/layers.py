@@ -34,20 +34,31 @@ def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:
     return (wide * jax.lax.rsqrt(mean_square + epsilon) * jnp.broadcast_to(scale, x.shape)).astype(x.dtype)
 
 
-class GatedMlp(nnx.Module):
-    """T5.1.1's feed-forward block: wo(gelu(x·wi_0) ⊙ x·wi_1), tanh-form GELU (Shazeer 2020, GEGLU)."""
+class FeedForward(nnx.Module):
+    """wo(gelu(x·wi_0) ⊙ x·wi_1), GELU in tanh or exact form (Shazeer 2020, GEGLU); or wo(relu(x·wi)), T5's first."""
 
     def __init__(self, config: ModelConfig, stack: str):
+        self.activation = config.feed_forward_proj
+        self.drops = config.inner_dropout
         mlp = f"{stack}.mlp"
-        self.wi_0 = declare(config, f"{stack}.layers", "embed", mlp, contracted=("embed",))
-        self.wi_1 = declare(config, f"{stack}.layers", "embed", mlp, contracted=("embed",))
+        if self.activation == "relu":
+            self.wi = declare(config, f"{stack}.layers", "embed", mlp, contracted=("embed",))
+        else:
+            self.wi_0 = declare(config, f"{stack}.layers", "embed", mlp, contracted=("embed",))
+            self.wi_1 = declare(config, f"{stack}.layers", "embed", mlp, contracted=("embed",))
         self.wo = declare(config, f"{stack}.layers", mlp, "embed", contracted=(mlp,))
 
     def __call__(self, x: jax.Array, dropout: "Dropout") -> jax.Array:
         """[batch, length, embed] → the same shape."""
-        gate = jax.nn.gelu(jnp.einsum("btd,df->btf", x, self.wi_0[...].astype(x.dtype)), approximate=True)
-        hidden = gate * jnp.einsum("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
-        return jnp.einsum("btf,fd->btd", dropout(hidden, "mlp"), self.wo[...].astype(x.dtype))
+        if self.activation == "relu":
+            hidden = jax.nn.relu(jnp.einsum("btd,df->btf", x, self.wi[...].astype(x.dtype)))
+        else:
+            gate = jnp.einsum("btd,df->btf", x, self.wi_0[...].astype(x.dtype))
+            gate = jax.nn.gelu(gate, approximate=self.activation == "gated-gelu")
+            hidden = gate * jnp.einsum("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
+        if self.drops:
+            hidden = dropout(hidden, "mlp")
+        return jnp.einsum("btf,fd->btd", hidden, self.wo[...].astype(x.dtype))
 
 
 class Dropout:

@@ -1,4 +1,4 @@
-"""The T5.1.1/mT5 encoder-decoder (Raffel et al. 2020; Shazeer 2020; Xue et al. 2021), Hugging Face's numerics.
+"""The T5 encoder-decoder in the numerics of its families (Raffel et al. 2020; Shazeer 2020; Xue et al. 2021).
 
 Modules declare and own parameters; layers are stacked on a leading axis and run by `lax.scan`, and the relative
 bias is computed once per stack outside the scan. The outside world sees flat dicts of dotted names and arrays.
@@ -18,7 +18,7 @@ from t5pegasus.axes import ParamSpec
 from t5pegasus.batch import Batch
 from t5pegasus.config import ModelConfig
 from t5pegasus.model.attention import Attention, declare_relative_bias, relative_bias
-from t5pegasus.model.layers import Dropout, GatedMlp, declare, rms_norm
+from t5pegasus.model.layers import Dropout, FeedForward, declare, rms_norm
 from t5pegasus.sharding import constrain
 
 
@@ -43,7 +43,7 @@ class EncoderLayer(nnx.Module):
         self.pre_attention_norm = declare(config, "encoder.layers", "embed", gain=True)
         self.self_attention = Attention(config, "encoder.self")
         self.pre_mlp_norm = declare(config, "encoder.layers", "embed", gain=True)
-        self.mlp = GatedMlp(config, "encoder")
+        self.mlp = FeedForward(config, "encoder")
 
     def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array, dropout: Dropout) -> jax.Array:
         """X [b, s, embed], mask bool [b, s, s], bias [1, heads, s, s] → [b, s, embed]."""
@@ -55,7 +55,7 @@ class EncoderLayer(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Causal self-attention, cross-attention without bias, feed-forward."""
+    """Causal self-attention, cross-attention, feed-forward."""
 
     def __init__(self, config: ModelConfig):
         self.epsilon = config.layer_norm_epsilon
@@ -64,7 +64,7 @@ class DecoderLayer(nnx.Module):
         self.pre_cross_attention_norm = declare(config, "decoder.layers", "embed", gain=True)
         self.cross_attention = Attention(config, "decoder.cross")
         self.pre_mlp_norm = declare(config, "decoder.layers", "embed", gain=True)
-        self.mlp = GatedMlp(config, "decoder")
+        self.mlp = FeedForward(config, "decoder")
 
     def __call__(
         self,
@@ -74,18 +74,19 @@ class DecoderLayer(nnx.Module):
         bias: jax.Array,
         cross_keys_values: tuple[jax.Array, jax.Array],
         cross_mask: jax.Array,
+        cross_bias: jax.Array | None,
         dropout: Dropout,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """X [b, t, embed] → the same, and the self-attention keys and values that were attended to.
 
         `self_keys_values` turns the keys and values of x into those to attend to: the identity in training, an
-        update of the cache in decoding. Masks are bool [b, t, s].
+        update of the cache in decoding. Masks are bool [b, t, s], biases [1 or b, heads, t, s].
         """
         normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
         attended = self_keys_values(*self.self_attention.project_keys_values(normed))
         x += dropout(self.self_attention.attend(normed, *attended, self_mask, bias, dropout), "self_output")
         normed = rms_norm(x, self.pre_cross_attention_norm[...], self.epsilon)
-        crossed = self.cross_attention.attend(normed, *cross_keys_values, cross_mask, None, dropout)
+        crossed = self.cross_attention.attend(normed, *cross_keys_values, cross_mask, cross_bias, dropout)
         x += dropout(crossed, "cross_output")
         x += dropout(self.mlp(rms_norm(x, self.pre_mlp_norm[...], self.epsilon), dropout), "mlp_output")
         return constrain(x, "batch", "length", "hidden"), attended
@@ -121,7 +122,8 @@ class T5(nnx.Module):
         self.token_embedding = declare(config, "vocab", "embed")
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
-        self.lm_head = declare(config, "embed", "vocab", contracted=("embed",))
+        if not config.tie_word_embeddings:
+            self.lm_head = declare(config, "embed", "vocab", contracted=("embed",))
 
     def __call__(self, batch: Batch, dropout_seed: jax.Array | int | None = None) -> jax.Array:
         """Logits of a batch by teacher forcing, float32 [batch, target, vocab].
@@ -139,14 +141,15 @@ class T5(nnx.Module):
             batch.decoder_segment_ids,
             encoded,
             batch.encoder_segment_ids,
-            dropout.fold(1),
+            positions=(batch.decoder_positions, batch.encoder_positions),
+            dropout=dropout.fold(1),
         )
 
     def encode(self, tokens: jax.Array, segment_ids: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """Source tokens int32 [b, s] and their segment ids (0 = padding) → [b, s, embed]."""
+        """Source tokens int32 [b, s] and their segment ids (see `Batch`) → [b, s, embed]."""
         dropout = dropout or Dropout(0.0, None)
         x = self._embed(tokens, dropout)
-        positions = jnp.arange(tokens.shape[1])
+        positions = jnp.arange(tokens.shape[1])[None]
         bias = relative_bias(self.encoder.relative_bias[...], positions, positions, self.config, bidirectional=True)
         mask = _same_segment(segment_ids, segment_ids)
 
@@ -162,19 +165,25 @@ class T5(nnx.Module):
         segment_ids: jax.Array,
         encoded: jax.Array,
         encoder_segment_ids: jax.Array,
+        *,
+        positions: tuple[jax.Array, jax.Array],
         dropout: Dropout | None = None,
     ) -> jax.Array:
-        """Decoder inputs int32 [b, t] and an encoded source [b, s, embed] → float32 logits [b, t, vocab]."""
+        """Decoder inputs int32 [b, t] and an encoded source [b, s, embed] → float32 logits [b, t, vocab].
+
+        `positions` are those within the segments, of decoder and encoder, int32 [1 or b, t] and [1 or b, s].
+        """
         dropout = dropout or Dropout(0.0, None)
         x = self._embed(tokens, dropout)
-        positions = jnp.arange(tokens.shape[1])
-        bias = relative_bias(self.decoder.relative_bias[...], positions, positions, self.config, bidirectional=False)
-        causal = _same_segment(segment_ids, segment_ids) & (positions[None, :, None] >= positions[None, None, :])
+        indices = jnp.arange(tokens.shape[1])[None]
+        bias = relative_bias(self.decoder.relative_bias[...], indices, indices, self.config, bidirectional=False)
+        causal = _same_segment(segment_ids, segment_ids) & (indices[:, :, None] >= indices[:, None, :])
         cross_mask = _same_segment(segment_ids, encoder_segment_ids)
+        cross_bias = self._cross_bias(*positions)
 
         def body(layer: DecoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             cross = layer.cross_attention.project_keys_values(encoded)
-            return layer(x, lambda *own: own, causal, bias, cross, cross_mask, dropout.fold(index))[0], None
+            return layer(x, lambda *own: own, causal, bias, cross, cross_mask, cross_bias, dropout.fold(index))[0], None
 
         x, _ = _scan_layers(self.decoder.layers, body, x, None)
         return self._logits(self._finish(x, self.decoder, dropout))
@@ -195,11 +204,12 @@ class T5(nnx.Module):
     ) -> tuple[jax.Array, DecoderCache]:
         """One token per row at one position: int32 [b] → float32 logits [b, vocab] and the cache with it."""
         x = self._embed(tokens[:, None], Dropout(0.0, None))
-        key_positions = jnp.arange(cache.self_keys.shape[2])
+        positions = jnp.arange(cache.self_keys.shape[2])[None]
         table = self.decoder.relative_bias[...]
-        bias = relative_bias(table, position[None], key_positions, self.config, bidirectional=False)
-        seen = jnp.broadcast_to(key_positions <= position, (len(tokens), 1, len(key_positions)))
+        bias = relative_bias(table, position[None, None], positions, self.config, bidirectional=False)
+        seen = jnp.broadcast_to(positions <= position, (len(tokens), 1, positions.shape[1]))
         cross_mask = cache.cross_mask[:, None]
+        cross_bias = self._cross_bias(position[None, None], jnp.arange(cache.cross_keys.shape[2])[None])
 
         def body(layer: DecoderLayer, _: jax.Array, x: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
             self_keys, self_values, cross_keys, cross_values = cached
@@ -209,7 +219,8 @@ class T5(nnx.Module):
                 update = jax.lax.dynamic_update_slice
                 return update(self_keys, keys, at), update(self_values, values, at)
 
-            return layer(x, append, seen, bias, (cross_keys, cross_values), cross_mask, Dropout(0.0, None))
+            cross = (cross_keys, cross_values)
+            return layer(x, append, seen, bias, cross, cross_mask, cross_bias, Dropout(0.0, None))
 
         x, (self_keys, self_values) = _scan_layers(self.decoder.layers, body, x, tuple(cache[:4]))
         logits = self._logits(self._finish(x, self.decoder, Dropout(0.0, None)))
@@ -222,15 +233,28 @@ class T5(nnx.Module):
     def _finish(self, x: jax.Array, stack: Stack, dropout: Dropout) -> jax.Array:
         return dropout(rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon), "final")
 
+    def _cross_bias(self, positions: jax.Array, encoder_positions: jax.Array) -> jax.Array | None:
+        """What bert4keras adds to cross-attention: the decoder's table, of source positions as if they lay behind."""
+        if not self.config.cross_attention_bias:
+            return None
+        table = self.decoder.relative_bias[...]
+        return relative_bias(table, positions, encoder_positions, self.config, bidirectional=False)
+
     def _logits(self, x: jax.Array) -> jax.Array:
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("btd,dv->btv", x, self.lm_head[...].astype(x.dtype), preferred_element_type=wide)
+        if self.config.scale_decoder_outputs:
+            x *= self.config.d_model**-0.5
+        if self.config.tie_word_embeddings:
+            head = self.token_embedding[...].astype(x.dtype)
+            logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=wide)
+        else:
+            logits = jnp.einsum("btd,dv->btv", x, self.lm_head[...].astype(x.dtype), preferred_element_type=wide)
         return constrain(logits, "batch", "length", "vocab")
 
 
 def _same_segment(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
-    """[b, t], [b, s] → bool [b, t, s]: equal and not padding."""
-    return (query_ids[:, :, None] == key_ids[:, None, :]) & (key_ids[:, None, :] > 0)
+    """[b, t], [b, s] → bool [b, t, s]: whether the query reads the segment that the key is seen in."""
+    return (jnp.abs(query_ids)[:, :, None] == key_ids[:, None, :]) & (key_ids[:, None, :] > 0)
 
 
 @functools.cache

@@ -73,7 +73,9 @@ def test_heldout_loss_is_the_mean_over_all_target_tokens(run_path):
     def compute_logits(parameters):
         model = bind(config.model, parameters)
         segments = (sources > 0).astype(np.int32)
-        return model.decode(inputs, np.ones_like(inputs), model.encode(sources, segments), segments)
+        positions = np.arange(inputs.shape[1])[None], np.arange(sources.shape[1])[None]
+        encoded = model.encode(sources, segments)
+        return model.decode(inputs, np.ones_like(inputs), encoded, segments, positions=positions)
 
     losses = -jax.nn.log_softmax(compute_logits(parameters))
     losses = np.take_along_axis(np.asarray(losses), targets[..., None], axis=-1)[..., 0][targets > 0]

@@ -60,7 +60,8 @@ def teacher_forced(config, parameters, sources, outputs):
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(config, parameters, tokens, segments, inputs):
     model = bind(config, parameters)
-    return model.decode(inputs, jnp.ones_like(inputs), model.encode(tokens, segments), segments)
+    positions = jnp.arange(inputs.shape[1])[None], jnp.arange(tokens.shape[1])[None]
+    return model.decode(inputs, jnp.ones_like(inputs), model.encode(tokens, segments), segments, positions=positions)
 
 
 def score_by_teacher_forcing(config, parameters, sources, outputs, lengths, length_penalty):

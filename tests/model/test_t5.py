@@ -64,7 +64,11 @@ def test_a_position_does_not_see_later_ones(parameters):
     def logits_at(embedding, position):
         changed = bind(CONFIG, {**parameters, "token_embedding": embedding})
         inputs = batch.decoder_input_tokens
-        return changed.decode(inputs, batch.decoder_segment_ids, encoded, batch.encoder_segment_ids)[0, position].sum()
+        positions = batch.decoder_positions, batch.encoder_positions
+        logits = changed.decode(
+            inputs, batch.decoder_segment_ids, encoded, batch.encoder_segment_ids, positions=positions
+        )
+        return logits[0, position].sum()
 
     for position in range(5):
         gradient = jax.grad(logits_at)(parameters["token_embedding"], position)
