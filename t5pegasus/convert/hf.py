@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from t5pegasus.checkpoint import CheckpointInfo, find_checkpoint, load_arrays, load_checkpoint_info, save_checkpoint
 from t5pegasus.config import ModelConfig, RunConfig, read_json, write_json
 from t5pegasus.convert.hf_tensors import parameters_from_hf, parameters_to_hf
+from t5pegasus.convert.tensor_files import WEIGHTS, read_tensors
 from t5pegasus.data.shards import hash_file
-from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.errors import UsageError
 from t5pegasus.text.tokenizer import Tokenizer, adopt_vocabulary, load_tokenizer
 
-WEIGHTS = "model.safetensors"
 CHECKSUMS = "SHA256SUMS"
 VOCABULARY_FILES = ("spiece.model", "vocab.txt")
 MAX_PADDING_ROWS = 128
@@ -74,7 +73,7 @@ def import_hf(source_path: Path, output_path: Path, tokenizer_path: Path | None 
     model = model_from_hf_config(read_json(config_path), config_path)
     tokenizer = _open_tokenizer(source_path, tokenizer_path)
     num_padding_rows = _check_tokenizer(model, tokenizer, config_path)
-    parameters = parameters_from_hf(_read_tensors(source_path), model)
+    parameters = parameters_from_hf(read_tensors(source_path), model)
     if num_padding_rows:
         model = ModelConfig(**model.to_json() | {"vocab_size": tokenizer.vocab_size})
         parameters["token_embedding"] = parameters["token_embedding"][: tokenizer.vocab_size]
@@ -209,17 +208,3 @@ def _check_tokenizer(model: ModelConfig, tokenizer: Tokenizer, config_path: Path
             f"as many, or at most {MAX_PADDING_ROWS} rows more, were wanted: give the tokenizer it was trained with"
         )
     return rows
-
-
-def _read_tensors(source_path: Path) -> dict[str, np.ndarray]:
-    path = source_path / WEIGHTS
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path} does not exist; save the model as one {WEIGHTS} "
-            '(transformers: save_pretrained(…, safe_serialization=True, max_shard_size="1TB"))'
-        )
-    try:
-        with safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except SafetensorError as error:
-        raise ArtifactError(f"{path} is damaged ({error}); copy it anew from where it is whole") from None
