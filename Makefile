@@ -16,11 +16,12 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_PEERS := $(VENV)/.installed-peers
 
 # A third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: help install quickstart test test-all lint types contracts
+.PHONY: help install quickstart test test-parity test-all lint types contracts
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,11 +32,17 @@ install: $(INSTALLED)  ## the t5pegasus command, in .venv/bin
 quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a CPU, asks nothing
 	$(HUGE_PAGES) $(VENV)/bin/t5pegasus quickstart $(ARGS)
 
-test: $(INSTALLED_DEV)  ## the tests, without the slow ones
-	$(VENV)/bin/python -m pytest -m "not slow" $(ARGS)
+test: $(INSTALLED_DEV)  ## the tests, without the slow ones and without other programs
+	$(VENV)/bin/python -m pytest -m "not slow and not peers" $(ARGS)
 
-test-all: $(INSTALLED_DEV)  ## all tests
-	$(VENV)/bin/python -m pytest $(ARGS)
+# A missing folder fails here, and so does any test that skips.
+test-parity: $(INSTALLED_DEV)  ## the tests against golden cases in ../shared/data, or in the folder T5PEGASUS_DATA
+	T5PEGASUS_PARITY=required $(VENV)/bin/python -m pytest -m "parity and not peers" $(ARGS)
+
+# The peers are torch, transformers, CTranslate2 and others. On Linux the package index gives torch with CUDA, several
+# GB; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-all takes the build for CPUs.
+test-all: $(INSTALLED_PEERS)  ## all tests, also those beside other programs, which are installed for it
+	T5PEGASUS_PEERS=required $(VENV)/bin/python -m pytest $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## style
 	$(VENV)/bin/ruff check .
@@ -71,3 +78,7 @@ $(INSTALLED): pyproject.toml | $(CREATED)
 $(INSTALLED_DEV): pyproject.toml | $(CREATED)
 	$(VENV)/bin/python -m pip install --editable '.[dev]'
 	@touch $@ $(INSTALLED)
+
+$(INSTALLED_PEERS): pyproject.toml | $(CREATED)
+	$(VENV)/bin/python -m pip install --editable '.[dev,peers]'
+	@touch $@ $(INSTALLED) $(INSTALLED_DEV)
