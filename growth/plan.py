@@ -79,7 +79,8 @@ def plan_growth(source: ModelConfig, target: ModelConfig, seed: int, noise: floa
         noise: their standard deviation in units of the old entries' RMS.
 
     Raises:
-        UsageError: if a field would shrink, a field that growth does not touch differs, or nothing grows.
+        UsageError: if a field would shrink, a field that growth does not touch differs, nothing grows, or the
+            growth would change the function of a model with these numerics.
     """
     if not 0 <= seed < 2**32:
         raise UsageError(f"seed={seed} must lie in [0, 2^32)")
@@ -102,7 +103,24 @@ def plan_growth(source: ModelConfig, target: ModelConfig, seed: int, noise: floa
             + ", ".join(f"{field}={getattr(source, field)}" for field in GROWING_FIELDS)
             + "); make at least one of them larger"
         )
+    _check_numerics(source, target)
     return GrowthPlan(source, target, seed, noise)
+
+
+def _check_numerics(source: ModelConfig, target: ModelConfig) -> None:
+    """Refuse what the operators for untied, unscaled heads and independent cross heads would get wrong."""
+    if source.cross_attention_bias:
+        raise UsageError(
+            f"the model's numerics are {source.numerics} (cross_attention_bias=True), which couples cross-attention's "
+            "heads to the decoder's; growth knows models without it: grow one of numerics hf-mt5 or t5-1.0"
+        )
+    if source.d_model != target.d_model and (source.tie_word_embeddings or source.scale_decoder_outputs):
+        raise UsageError(
+            f"d_model={target.d_model} differs from the checkpoint's {source.d_model}, and growing it would change "
+            f"the logits of numerics {source.numerics} (tie_word_embeddings={source.tie_word_embeddings}, "
+            f"scale_decoder_outputs={source.scale_decoder_outputs}); give d_model={source.d_model} and grow "
+            f"{', '.join(field for field in GROWING_FIELDS if field != 'd_model')}"
+        )
 
 
 _RULES = {

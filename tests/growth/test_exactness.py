@@ -15,7 +15,7 @@ from growth.operators import dual_multipliers
 from growth.plan import plan_growth
 from growth.verify import draw_batches
 from t5pegasus.axes import ParamSpec
-from t5pegasus.config import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from t5pegasus.config import NUMERICS, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.model.t5 import bind, declare_parameters, init_parameters
 from t5pegasus.train.loss import sum_losses
 from t5pegasus.train.optimizer import init_multipliers
@@ -27,6 +27,7 @@ SOURCE = ModelConfig(
     relative_attention_num_buckets=8, relative_attention_max_distance=20, dropout_rate=0.0,
     decoder_start_token_id=1, eos_token_id=2,
 )  # fmt: skip
+TIED = dataclasses.replace(SOURCE, **NUMERICS["t5-1.0"])
 WIDE = dataclasses.replace(SOURCE, d_model=64, d_kv=8, num_heads=2)
 ALL = {
     "d_model": 19, "d_kv": 7, "d_ff": 23, "num_heads": 5, "num_encoder_layers": 5, "num_decoder_layers": 2
@@ -49,6 +50,7 @@ AXES_ALONE = named(
 )
 COMBINATIONS = [
     *named((SOURCE, ALL), (SOURCE, random_growth(0))),
+    *named((TIED, {field: size for field, size in ALL.items() if field != "d_model"})),
     *named(*((SOURCE, random_growth(seed)) for seed in range(1, 6)), marks=pytest.mark.slow),
 ]
 axes_alone = pytest.mark.parametrize(("source", "changes"), AXES_ALONE)

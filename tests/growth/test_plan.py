@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from growth.plan import GROWING_FIELDS, plan_growth
-from t5pegasus.config import ModelConfig
+from t5pegasus.config import NUMERICS, ModelConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.presets import PRESETS
 
@@ -33,6 +33,14 @@ def test_a_plan_that_changes_something_else_names_field_and_both_values(field, v
 def test_nothing_to_grow_is_an_error():
     with pytest.raises(UsageError, match="nothing to grow"):
         plan_growth(SOURCE, SOURCE, seed=0)
+
+
+def test_numerics_that_an_operator_would_break_are_refused_by_name():
+    tied, coupled = (changed(**NUMERICS[name]) for name in ("t5-1.0", "bert4keras"))
+    with pytest.raises(UsageError, match=r"d_model=1024 differs .* 768, .* numerics t5-1.0 \(tie_word_embeddings=True"):
+        plan_growth(tied, dataclasses.replace(tied, d_model=1024), seed=0)
+    with pytest.raises(UsageError, match=r"numerics are bert4keras \(cross_attention_bias=True\)"):
+        plan_growth(coupled, dataclasses.replace(coupled, d_ff=4096), seed=0)
 
 
 def test_a_seed_out_of_range_is_refused():
