@@ -11,7 +11,7 @@ def training_flops_per_row(config: ModelConfig, source_tokens: int, target_token
     """
     d, inner = config.d_model, config.num_heads * config.d_kv
     s, t = source_tokens, target_tokens
-    projections = 4 * d * inner + 3 * d * config.d_ff
+    projections = 4 * d * inner + (2 if config.feed_forward_proj == "relu" else 3) * d * config.d_ff
     encoder = config.num_encoder_layers * (projections * s + 2 * s * s * inner)
     decoder = config.num_decoder_layers * (projections * t + t * t * inner)
     cross = config.num_decoder_layers * (2 * d * inner * t + 2 * d * inner * s + 2 * s * t * inner)
