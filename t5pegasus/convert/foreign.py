@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t5pegasus.config import ModelConfig
+from t5pegasus.errors import ArtifactError
 
 
 class Foreign(NamedTuple):
@@ -18,3 +19,8 @@ class Foreign(NamedTuple):
     """A `vocab.txt` or `spiece.model` that lies beside it."""
     assumed: tuple[str, ...] = ()
     """What the files do not say and was taken for true; one sentence each, to be shown to the user."""
+
+
+def damaged(path: Path, what: object) -> ArtifactError:
+    """The error of a file that is cut, changed, or does not say what its format demands."""
+    return ArtifactError(f"{path} is damaged ({what}); copy it anew from where it is whole")
