@@ -231,6 +231,15 @@ class TrainConfig(_JsonRoundTrip):
     """Micro-batches per update; they give the same update as one batch."""
     z_loss: float = 1e-4
     """Weight of log(Z)², which keeps the logits' normaliser near 1 (Mesh TensorFlow)."""
+    label_smoothing: float = 0.0
+    """ε of the training target (1 − ε)·token + ε·uniform over the vocabulary; reported losses stay plain NLL."""
+    decoder_noise_rate: float = 0.0
+    """Probability with which a decoder input is another token than the one before: the decoder learns to read its
+    own mistakes (exposure bias). Targets and start tokens stay."""
+    decoder_noise_examples: float = 1.0
+    """Share of the examples that get this noise, drawn anew in every epoch."""
+    decoder_noise_source: Literal["vocabulary", "target"] = "vocabulary"
+    """Where the other tokens come from: the vocabulary without pad, start and end, or the same example's target."""
     seed: int = 0
     """Of initialisation and dropout."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -247,6 +256,17 @@ class TrainConfig(_JsonRoundTrip):
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
+        for name in ("label_smoothing", "decoder_noise_rate"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must lie in [0, 1)")
+        _require(
+            0 < self.decoder_noise_examples <= 1,
+            f"train.decoder_noise_examples={self.decoder_noise_examples} must lie in (0, 1]; "
+            "to switch the noise off set decoder_noise_rate=0",
+        )
+        _require(
+            self.decoder_noise_source in ("vocabulary", "target"),
+            f"train.decoder_noise_source={self.decoder_noise_source!r} must be vocabulary or target",
+        )
         _require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2^32)")
         _require(
             self.batch_size % self.accumulation_steps == 0,

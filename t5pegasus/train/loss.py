@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 
 class LossSums(NamedTuple):
-    """Weighted sums over target tokens, float32 scalars; divide by `weight` for means."""
+    """Weighted sums over target tokens (padding weighs 0), float32 scalars; divide by `weight` for means."""
 
     nll: jax.Array
     """Negative log-likelihood in nats."""
@@ -16,15 +16,18 @@ class LossSums(NamedTuple):
     correct: jax.Array
     """Tokens whose arg max is the target."""
     weight: jax.Array
+    uniform: jax.Array | None = None
+    """log(Z) − the mean logit: the cross-entropy of a target spread evenly over the vocabulary; None if not asked."""
 
 
-def sum_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> LossSums:
+def sum_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, with_uniform: bool = False) -> LossSums:
     """The sums over one batch.
 
     Args:
         logits: float32 [batch, target, vocab].
         targets: int32 [batch, target].
         weights: float32 [batch, target], 0 on padding.
+        with_uniform: sum what label smoothing needs, too.
     """
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -33,4 +36,16 @@ def sum_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array) -> Los
         z=jnp.sum(weights * jnp.square(log_normaliser)),
         correct=jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
         weight=jnp.sum(weights),
+        uniform=jnp.sum(weights * (log_normaliser - jnp.mean(logits, axis=-1))) if with_uniform else None,
     )
+
+
+def smooth_labels(sums: LossSums, label_smoothing: float) -> jax.Array:
+    """Σ (1 − ε)·NLL + ε·(log Z − mean logit): cross-entropy against (1 − ε)·target + ε·uniform.
+
+    The mean runs over the whole vocabulary, the target among it (Szegedy et al. 2016, §7). The z-loss is no part of
+    it and keeps its own weight. At ε = 0 it is the plain sum of NLL, the very same array.
+    """
+    if sums.uniform is None:
+        return sums.nll
+    return (1.0 - label_smoothing) * sums.nll + label_smoothing * sums.uniform

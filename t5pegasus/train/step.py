@@ -13,7 +13,8 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind, declare_parameters
 from t5pegasus.sharding import batch_shardings, check_batch_divides, param_shardings, place_batch
-from t5pegasus.train.loss import LossSums, sum_losses
+from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
+from t5pegasus.train.noise import disturb_decoder_inputs
 from t5pegasus.train.optimizer import apply_adamw, make_schedule, weighted_norm
 from t5pegasus.train.state import TrainState, state_shardings
 
@@ -54,20 +55,24 @@ def pure_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """The update as a pure function: micro-batch gradients summed, clipped, applied by AdamW."""
     schedule = make_schedule(config.optimizer, config.train.steps)
+    smoothing = config.train.label_smoothing
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
 
         def objective(parameters: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+            micro = disturb_decoder_inputs(micro, config)
             logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
-            sums = sum_losses(logits, micro.decoder_target_tokens, micro.decoder_loss_weights)
-            return (sums.nll + config.train.z_loss * sums.z) / total_weight, sums
+            sums = sum_losses(
+                logits, micro.decoder_target_tokens, micro.decoder_loss_weights, with_uniform=smoothing > 0
+            )
+            return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             gradients, sums = jax.grad(objective, has_aux=True)(state.parameters, micro)
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums(*(jnp.zeros(()),) * 4)
+        zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))
         norm = weighted_norm(gradients, specs, state.multipliers)
         clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
@@ -82,6 +87,7 @@ def pure_train_step(
             "rows": rows,
             "loss": sums.nll / total_weight,
             "accuracy": sums.correct / total_weight,
+            **({"smoothed_loss": smooth_labels(sums, smoothing) / total_weight} if smoothing else {}),
             "z_loss": sums.z / total_weight,
             "grad_norm": norm,
             "learning_rate": learning_rate,
@@ -115,7 +121,8 @@ def make_heldout_loss(
         total = np.zeros(4)
         for batch in batches:
             rows = np.arange(len(batch.row_ids))
-            total += np.array(jax.device_get(jitted(parameters, place_batch(batch, rows, len(rows), mesh))), np.float64)
+            placed = place_batch(batch, rows, len(rows), mesh)
+            total += np.array(jax.device_get(jitted(parameters, placed)[:4]), np.float64)
         nll, _, correct, weight = total
         return {"loss": float(nll / weight), "accuracy": float(correct / weight)}
 
