@@ -70,6 +70,8 @@ def relative_bias(
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
     )
+    if len(buckets) > 1:  # row by row, a one-hot would take num_buckets / heads times the room of the bias itself
+        return jnp.moveaxis(table[buckets], -1, 1)
     # A matrix product instead of a gather: its gradient is a matrix product too, not a scatter of t·s rows into 32.
     one_hot = jax.nn.one_hot(buckets, config.relative_attention_num_buckets, dtype=table.dtype)
     return jnp.einsum("btsr,rh->bhts", one_hot, table)
@@ -93,10 +95,10 @@ class Attention(nnx.Module):
         self.out = declare(config, layers, heads, vo, "embed", contracted=(heads, vo))
 
     def project_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[b, s, embed] → keys and values, each [b, s, heads, d_kv]."""
+        """[b, s, embed] → keys [b, heads, d_kv, s] and values [b, heads, s, d_kv], as matrix products read them."""
         return (
-            jnp.einsum("bsd,dhk->bshk", x, self.key[...].astype(x.dtype)),
-            jnp.einsum("bsd,dhk->bshk", x, self.value[...].astype(x.dtype)),
+            jnp.einsum("bsd,dhk->bhks", x, self.key[...].astype(x.dtype)),
+            jnp.einsum("bsd,dhk->bhsk", x, self.value[...].astype(x.dtype)),
         )
 
     def attend(
@@ -108,12 +110,12 @@ class Attention(nnx.Module):
         bias: jax.Array | None,
         dropout: Dropout,
     ) -> jax.Array:
-        """Attend from x [b, t, embed] to projected keys and values [b, s, heads, d_kv].
+        """Attend from x [b, t, embed] to projected keys and values.
 
         Args:
             x: normed queries' input.
-            keys: [b, s, heads, d_kv].
-            values: [b, s, heads, d_kv].
+            keys: [b, heads, d_kv, s].
+            values: [b, heads, s, d_kv].
             mask: bool [b, t, s], True where t may look at s. A position that may look nowhere (padding) gets
                 the mean of all values, finite and never read.
             bias: [1 or b, heads, t, s], or None.
@@ -124,15 +126,15 @@ class Attention(nnx.Module):
         """
         query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("bthk,bshk->bhts", query, keys, preferred_element_type=wide)
+        logits = jnp.einsum("bthk,bhks->bhts", query, keys, preferred_element_type=wide)
         if bias is not None:
             logits += jnp.broadcast_to(bias.astype(wide), logits.shape)
         logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min / 2)
         weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
         if self.drops_weights:
             weights = dropout(weights, f"{self.place}_weights", shared_axis=2)
-        mixed = jnp.einsum("bhts,bshk->bthk", weights, values)
-        return jnp.einsum("bthk,hkd->btd", mixed, self.out[...].astype(x.dtype))
+        mixed = jnp.einsum("bhts,bhsk->bhtk", weights, values)
+        return jnp.einsum("bhtk,hkd->btd", mixed, self.out[...].astype(x.dtype))
 
 
 def declare_relative_bias(config: ModelConfig, stack: str) -> nnx.Param:
