@@ -97,7 +97,7 @@ def test_a_packed_example_has_the_logits_and_the_loss_it_has_alone(config, param
         sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
         for logits, batch in ((together, packed), (apart, alone))
     )
-    np.testing.assert_allclose(sums, sums_apart, rtol=1e-6)
+    np.testing.assert_allclose(*(jax.tree.leaves(each) for each in (sums, sums_apart)), rtol=1e-6)
     start = 0
     for row, (_, num_target) in enumerate(lengths):
         np.testing.assert_allclose(together[0, start : start + num_target], apart[row, :num_target], rtol=0, atol=2e-5)
