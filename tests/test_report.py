@@ -14,7 +14,7 @@ from growth.plan import plan_growth
 from growth.verify import Receipt
 from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
 from t5pegasus.errors import ArtifactError
-from t5pegasus.evaluate import Scores
+from t5pegasus.evaluate.checkpoint import Scores
 from t5pegasus.report import write_report
 from t5pegasus.report.chart import Line, draw_lines, nice_ticks
 from t5pegasus.report.runs import group_runs, load_runs

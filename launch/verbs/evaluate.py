@@ -59,7 +59,7 @@ def evaluate(args: Evaluate) -> Path:
     """Evaluate, print the table, and return the folder that holds the results."""
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
     from t5pegasus.corpus.pairs import read_pairs
-    from t5pegasus.evaluate import evaluate_checkpoint, save_evaluation
+    from t5pegasus.evaluate.checkpoint import evaluate_checkpoint, save_evaluation
     from t5pegasus.generate.options import GenerationOptions
     from t5pegasus.generate.summarize import load_summarizer
 

@@ -12,7 +12,8 @@ from launch.cli import main
 from t5pegasus.checkpoint import CheckpointInfo, load_checkpoint_info, save_checkpoint
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.data.shards import Example
-from t5pegasus.evaluate import measure_heldout_loss, score_pairs
+from t5pegasus.evaluate import score_pairs
+from t5pegasus.evaluate.checkpoint import measure_heldout_loss
 from t5pegasus.model.t5 import bind, init_parameters
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
@@ -85,8 +86,13 @@ def test_heldout_loss_is_the_mean_over_all_target_tokens(run_path):
 
 
 def test_scores_are_means_in_percent():
-    assert score_pairs(["中国", "A b"], ["中国", "a\tB"]) == {"rouge-1": 100, "rouge-2": 100, "rouge-l": 100}
-    assert score_pairs(["中国", "法国"], ["中国", ""]) == {"rouge-1": 50, "rouge-2": 50, "rouge-l": 50}
+    figures = score_pairs(["中国的图书馆", "法国"], ["中国的图书馆", ""])
+    assert tuple(figures) == (
+        "rouge-1", "rouge-2", "rouge-l", "bleu",
+        "t5-pegasus-rouge-1", "t5-pegasus-rouge-2", "t5-pegasus-rouge-l", "t5-pegasus-bleu",
+    )  # fmt: skip
+    halves = {name: figure for name, figure in figures.items() if name != "bleu"}
+    assert halves == pytest.approx(dict.fromkeys(halves, 50), abs=1e-6)
 
 
 def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path, capsys):
@@ -106,7 +112,7 @@ def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path,
     )
     assert [record["id"] for record in records] == ["a", "dev.jsonl:2", "dev.jsonl:4"]
     assert f"{scores['heldout_loss']:.4f}" in printed
-    assert all(f"{figure:.2f}" in printed for figure in scores["rouge"]["lead"].values())
+    assert all(f"{scores['rouge']['lead'][name]:.2f}" in printed for name in ("rouge-1", "rouge-2", "rouge-l"))
     assert "empty summary" in printed
     assert str(run_path / "scores.json") in printed
     # The checkpoint is left as its manifest says, and evaluates again; beside it, if it is in no run.

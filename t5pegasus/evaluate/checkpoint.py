@@ -19,12 +19,13 @@ from t5pegasus.data.loader import fill_rows
 from t5pegasus.data.packing import pack_examples
 from t5pegasus.data.shards import Example
 from t5pegasus.errors import DataError
+from t5pegasus.evaluate.scores import score_pairs
 from t5pegasus.generate.summarize import Summarizer
 from t5pegasus.progress import Progress
 from t5pegasus.sharding import make_mesh
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.read import Document
-from t5pegasus.text.rouge import ROUGE_DEFINITION, first_sentence, normalise_for_rouge, score_rouge
+from t5pegasus.text.rouge import ROUGE_DEFINITION, first_sentence
 from t5pegasus.train.step import make_heldout_loss
 
 _PORTION_BATCHES = 16
@@ -65,7 +66,9 @@ class Scores:
             f"{'':<10}{'ROUGE-1':>9}{'ROUGE-2':>9}{'ROUGE-L':>9}{'characters':>12}",
         ]
         for system, characters in self.mean_characters.items():
-            figures = self.rouge.get(system, {}).values()
+            figures = (
+                [self.rouge[system][name] for name in ("rouge-1", "rouge-2", "rouge-l")] if system in self.rouge else []
+            )
             cells = "".join(f"{figure:9.2f}" for figure in figures) or " " * 27
             lines.append(f"{system:<10}{cells}{characters:12.1f}")
         return "\n".join([*lines, "", ROUGE_DEFINITION, "lead = the first sentence of the text"])
@@ -126,16 +129,6 @@ def evaluate_checkpoint(
         generation=dataclasses.asdict(summarizer.options),
     )
     return scores, kept
-
-
-def score_pairs(references: Sequence[str], summaries: Sequence[str]) -> dict[str, float]:
-    """Mean character ROUGE of summaries, in percent, by `ROUGE_DEFINITION`; an empty summary counts as 0."""
-    figures = [
-        score_rouge(normalise_for_rouge(reference), normalise_for_rouge(summary))
-        for reference, summary in zip(references, summaries, strict=True)
-    ]
-    names = ("rouge-1", "rouge-2", "rouge-l")
-    return {name: 100 * statistics.fmean(values) for name, values in zip(names, zip(*figures))}
 
 
 def measure_heldout_loss(
