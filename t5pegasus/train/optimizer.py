@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from t5pegasus.axes import AxisMultiplier, Multipliers, ParamSpec
@@ -85,6 +86,7 @@ def apply_adamw(
     second_moment: Arrays,
     step: jax.Array,
     learning_rate: jax.Array,
+    factors: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array], dict[str, jax.Array]]:
     """One update of every parameter.
 
@@ -93,24 +95,36 @@ def apply_adamw(
         specs: declarations (which parameters decay, how the multipliers act).
         multipliers: growth's per-axis record.
         parameters: by name, as are the next three.
-        gradients: already clipped.
+        gradients: already clipped; a parameter without one keeps its value and its moments.
         first_moment: m of the step before.
         second_moment: v of the step before.
         step: updates made so far, for the bias correction.
         learning_rate: of this update.
+        factors: what multiplies it (`learning_rate_factors`); entries with 0 keep their values and moments.
 
     Returns:
         New parameters, first and second moments.
     """
-    count = (step + 1).astype(jnp.result_type(learning_rate))
+    count = (step + 1).astype(jnp.result_type(float))  # float64 where that is on
     correct1, correct2 = 1 - config.beta1**count, 1 - config.beta2**count
     new_parameters, new_first, new_second = {}, {}, {}
     for name, theta in parameters.items():
+        if name not in gradients:
+            new_parameters[name], new_first[name], new_second[name] = theta, first_moment[name], second_moment[name]
+            continue
         s, r = leaf_multipliers(specs[name], multipliers)
         m = config.beta1 * first_moment[name] + (1 - config.beta1) * gradients[name]
         v = config.beta2 * second_moment[name] + (1 - config.beta2) * jnp.square(gradients[name])
         direction = (m / correct1) / (jnp.sqrt(v / correct2) + r * config.epsilon)
         decay = config.weight_decay * theta if specs[name].decays else 0.0
-        new_parameters[name] = theta - learning_rate * (s * direction + decay)
-        new_first[name], new_second[name] = m, v
+        factor = (factors or {}).get(name)
+        rate = learning_rate if factor is None else learning_rate * factor
+        new_parameters[name] = theta - rate * (s * direction + decay)
+        new_first[name] = keep_frozen(m, first_moment[name], factor)
+        new_second[name] = keep_frozen(v, second_moment[name], factor)
     return new_parameters, new_first, new_second
+
+
+def keep_frozen(updated: jax.Array, before: jax.Array | float, factor: np.ndarray | None) -> jax.Array:
+    """`updated`, with the entries whose factor is 0 as they were `before`."""
+    return updated if factor is None or factor.all() else jnp.where(factor != 0, updated, before)
