@@ -29,16 +29,19 @@ class Convert:
 def main(argv: list[str]) -> None:
     """Convert, and print the folder written and what to do with it."""
     args = tyro.cli(Convert, prog="t5pegasus convert", args=argv)
-    from t5pegasus.convert.hf import export_hf, import_hf, is_hf_folder
+    from t5pegasus.convert.hf import export_hf, is_hf_folder, read_hf
+    from t5pegasus.convert.imported import import_foreign, require_free, save_imported
     from t5pegasus.errors import UsageError
 
     if is_hf_folder(args.source):
-        imported = import_hf(args.source, args.output, args.tokenizer_path)
+        require_free(args.output)
+        imported = import_foreign(read_hf(args.source), args.source / "config.json", args.tokenizer_path)
+        path = save_imported(imported, args.output)
         if imported.num_padding_rows:
             print(f"left out: the last {imported.num_padding_rows} rows of the vocabulary, which belong to no token")
         print(f"tokenizer: {imported.tokenizer.kind}, {imported.tokenizer.vocab_size:,} tokens")
-        print(f"checkpoint: {imported.path}")
-        print(f"next: t5pegasus finetune {imported.path} --train-path PAIRS.jsonl --run-path runs/finetune")
+        print(f"checkpoint: {path}")
+        print(f"next: t5pegasus finetune {path} --train-path PAIRS.jsonl --run-path runs/finetune")
         return
     if args.tokenizer_path is not None:
         raise UsageError(f"--tokenizer-path is for a Hugging Face source; {args.source} brings its own tokenizer")

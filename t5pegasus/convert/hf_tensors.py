@@ -1,7 +1,7 @@
 """Parameters under Hugging Face's names: the name map, and kernels between [in…, out…] and [out, in]."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,49 +24,88 @@ SUBLAYERS = {
 }
 """What a block consists of, in Hugging Face's order."""
 MODULES = {"self_attention": "SelfAttention", "cross_attention": "EncDecAttention", "mlp": "DenseReluDense"}
-KERNELS = {"query": "q", "key": "k", "value": "v", "out": "o", "wi_0": "wi_0", "wi_1": "wi_1", "wo": "wo"}
+KERNELS = {name: name for name in ("wi", "wi_0", "wi_1", "wo")} | {"query": "q", "key": "k", "value": "v", "out": "o"}
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 COPIES_OF_EMBEDDING = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-"""Names under which some writers store `shared.weight` again."""
+"""Names under which some writers store `shared.weight` again, or store it alone."""
+NEVER_READ = ("decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight",)
+"""The files of the first T5 models hold this table, which no code has ever added to anything."""
+
+
+class HfTensor(NamedTuple):
+    """One of Hugging Face's tensors, and where it lies in our parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    parameter: str
+    index: Any
+    """Into our array: the layer, or all of it."""
+    axes: tuple[str, ...]
+    """Those that are left by the index."""
+
+    def of(self, array: np.ndarray) -> np.ndarray:
+        """This tensor, taken from our parameter; float32."""
+        part = np.asarray(array[self.index], np.float32)
+        turned = part if _num_input_axes(self.axes) == 0 else part.reshape(self.shape[::-1]).T
+        return np.ascontiguousarray(turned)
+
+
+def list_hf_tensors(config: ModelConfig) -> list[HfTensor]:
+    """All tensors of a model; those of one parameter stand together."""
+    return [
+        HfTensor(hf_name, _matrix_shape(spec.shape[len(spec.axes) - len(axes) :], axes), name, index, axes)
+        for name, spec in declare_parameters(config).items()
+        for hf_name, index, axes in _places(name, spec)
+    ]
 
 
 def parameters_to_hf(parameters: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
     """Our parameters (by dotted name, layers stacked) → Hugging Face's tensors by their names, float32."""
-    tensors = {}
-    for name, spec in declare_parameters(config).items():
-        array = np.asarray(parameters[name], np.float32)
-        for hf_name, index, slice_axes in _places(name, spec):
-            tensors[hf_name] = _to_matrix(array[index], slice_axes)
-    return tensors
+    return {tensor.name: tensor.of(parameters[tensor.parameter]) for tensor in list_hf_tensors(config)}
 
 
-def parameters_from_hf(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
+def has_own_head(tensors: Mapping[str, np.ndarray]) -> bool:
+    """Whether there is an `lm_head.weight` other than the embedding: this is what transformers 5 goes by."""
+    embedding = next((tensors[name] for name in (EMBEDDING, *COPIES_OF_EMBEDDING) if name in tensors), None)
+    return HEAD in tensors and (embedding is None or not np.array_equal(tensors[HEAD], embedding))
+
+
+def parameters_from_hf(tensors: MutableMapping[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
     """Hugging Face's tensors → our parameters, float32; the inverse of `parameters_to_hf`.
+
+    What has been read is taken out of `tensors`, so that a large model does not lie in memory twice.
 
     Raises:
         ArtifactError: naming a tensor that is missing, unknown, of another shape than the config's, or not of
             floating point.
     """
-    unknown = set(tensors)
-    parameters = {}
-    for name, spec in declare_parameters(config).items():
-        parameters[name] = np.empty(spec.shape, np.float32)
-        for hf_name, index, slice_axes in _places(name, spec):
-            if hf_name not in tensors:
-                raise ArtifactError(
-                    f"tensor {hf_name} is missing, and {name} needs it; an untied T5.1.1 or mT5 model "
-                    f"with {config.num_encoder_layers}+{config.num_decoder_layers} layers was wanted"
-                )
-            parameters[name][index] = _from_matrix(tensors[hf_name], slice_axes, parameters[name][index].shape, hf_name)
-            unknown.discard(hf_name)
-    for copy in COPIES_OF_EMBEDDING:
-        if copy in unknown and np.array_equal(tensors[copy], tensors["shared.weight"]):
-            unknown.discard(copy)
-    if unknown:
+    _drop_copies(tensors, tied=config.tie_word_embeddings)
+    parameters = {name: np.empty(spec.shape, np.float32) for name, spec in declare_parameters(config).items()}
+    for hf_name, _, name, index, axes in list_hf_tensors(config):
+        if hf_name not in tensors:
+            raise ArtifactError(
+                f"tensor {hf_name} is missing, and {name} needs it; a model with {config.num_encoder_layers}+"
+                f"{config.num_decoder_layers} layers, {config.feed_forward_proj} and "
+                f"{'a tied' if config.tie_word_embeddings else 'an untied'} head was wanted"
+            )
+        parameters[name][index] = _from_matrix(tensors.pop(hf_name), axes, parameters[name][index].shape, hf_name)
+    if tensors:
         raise ArtifactError(
-            f"tensor {min(unknown)} has no place in a T5.1.1 or mT5 model ({len(unknown)} such); "
+            f"tensor {min(tensors)} has no place in this {config.numerics} model ({len(tensors)} such); "
             "another architecture cannot be converted, it would compute something else"
         )
     return parameters
+
+
+def _drop_copies(tensors: MutableMapping[str, np.ndarray], *, tied: bool) -> None:
+    """Leave the embedding under its own name alone; copies that differ stay, and are then refused."""
+    for copy in (*COPIES_OF_EMBEDDING, *((HEAD,) if tied else ())):
+        if copy in tensors and EMBEDDING not in tensors:
+            tensors[EMBEDDING] = tensors.pop(copy)
+        elif copy in tensors and np.array_equal(tensors[copy], tensors[EMBEDDING]):
+            del tensors[copy]
+    for name in NEVER_READ:
+        tensors.pop(name, None)
 
 
 def _places(name: str, spec: ParamSpec) -> Iterator[tuple[str, Any, tuple[str, ...]]]:
@@ -95,20 +134,17 @@ def _num_input_axes(axes: tuple[str, ...]) -> int:
     return 2 if first == "heads" else 1
 
 
-def _to_matrix(array: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
+def _matrix_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
     inputs = _num_input_axes(axes)
-    if inputs == 0:
-        return np.ascontiguousarray(array)
-    return np.ascontiguousarray(array.reshape(np.prod(array.shape[:inputs]), -1).T)
+    return shape if inputs == 0 else (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
 
 
 def _from_matrix(tensor: np.ndarray, axes: tuple[str, ...], shape: tuple[int, ...], hf_name: str) -> np.ndarray:
-    inputs = _num_input_axes(axes)
-    wanted = shape if inputs == 0 else (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
+    wanted = _matrix_shape(shape, axes)
     if tensor.shape != wanted:
         raise ArtifactError(f"tensor {hf_name} has shape {tensor.shape}, config.json asks for {wanted}")
     # bfloat16 is no subtype of np.floating, but it goes to float32 without loss as the others do.
     if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"):
         raise ArtifactError(f"tensor {hf_name} has type {tensor.dtype}, a floating-point one was wanted")
     wide = tensor.astype(np.float32)
-    return wide if inputs == 0 else wide.T.reshape(shape)
+    return wide if _num_input_axes(axes) == 0 else wide.T.reshape(shape)
