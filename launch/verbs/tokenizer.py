@@ -38,8 +38,9 @@ class Train:
     """Files of documents."""
     vocab_size: int = 50_000
     """Number of entries, exactly."""
-    kind: Literal["wordpiece", "sentencepiece"] = "wordpiece"
-    """wordpiece: T5-PEGASUS, dictionary words; sentencepiece: mT5, unigram with byte pieces."""
+    kind: Literal["wordpiece", "sentencepiece", "bert"] = "wordpiece"
+    """wordpiece: T5-PEGASUS, dictionary words; sentencepiece: mT5, unigram with byte pieces; bert: Chinese BERT,
+    single characters and word pieces, for a vocab.txt that is adopted."""
     from_vocabulary: Path | None = None
     """Adopt this vocab.txt or spiece.model as it is, instead of training."""
 
@@ -117,6 +118,11 @@ def _write_line(record: dict[str, Any]) -> None:
 def _train(args: Train) -> None:
     if (args.from_vocabulary is None) == (not args.input):
         raise UsageError("give either --input FILES to train on, or --from-vocabulary FILE to adopt")
+    if args.kind == "bert" and args.from_vocabulary is None:
+        raise UsageError("kind=bert is not trained: adopt its vocab.txt by --from-vocabulary, or train kind=wordpiece")
+    wanted = {"sentencepiece": ".model", "bert": ".txt"}.get(args.kind)
+    if args.from_vocabulary is not None and wanted is not None and args.from_vocabulary.suffix != wanted:
+        raise UsageError(f"kind={args.kind} adopts a *{wanted} file, got {args.from_vocabulary}; leave --kind out")
     request = _describe(args)
     if (args.output_path / "tokenizer.json").is_file():
         load_tokenizer(args.output_path)
@@ -132,7 +138,7 @@ def _train(args: Train) -> None:
 
 def _make(args: Train, request: dict[str, Any]) -> None:
     if args.from_vocabulary is not None:
-        tokenizer = adopt_vocabulary(args.from_vocabulary)
+        tokenizer = adopt_vocabulary(args.from_vocabulary, dictionary=args.kind != "bert")
         tokenizer.save(args.output_path, made_by=request)
         print(f"adopted {args.from_vocabulary}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
     else:
@@ -142,6 +148,7 @@ def _make(args: Train, request: dict[str, Any]) -> None:
         measured = min(report["documents"], NUM_COVERAGE_DOCUMENTS)
         print(
             f"on the first {measured:,} of them: {report['characters_per_token']:.2f} characters per token, "
+            f"{100 * report['character_coverage']:.3f} % of the characters covered, "
             f"{100 * report['unknown_rate']:.3f} % of {report['num_tokens']:,} tokens unknown"
         )
 
@@ -170,7 +177,7 @@ def _iterate_documents(paths: tuple[Path, ...], dropped: Counter[str], progress:
 def _describe(args: Train) -> dict[str, Any]:
     """What decides the outcome; kept in the folder, to tell a finished stage from another request."""
     if args.from_vocabulary is not None:
-        tokenizer = adopt_vocabulary(args.from_vocabulary)
+        tokenizer = adopt_vocabulary(args.from_vocabulary, dictionary=args.kind != "bert")
         return {"from_vocabulary": args.from_vocabulary.name, "fingerprint": tokenizer.fingerprint}
     inputs = [{"file": path.name, "bytes": path.stat().st_size} for path in check_paths(args.input)]
     return {"kind": args.kind, "vocab_size": args.vocab_size, "inputs": inputs}

@@ -41,7 +41,7 @@ from t5pegasus.progress import Progress
 from t5pegasus.text.read import check_paths, read_documents
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer
 
-PIPELINE = 1
+PIPELINE = 2
 """Raised when the same input and configuration would give other examples."""
 HELDOUT_FOLDER = "heldout"
 DUPLICATE_REASON = "duplicate"

@@ -25,7 +25,8 @@ def read_pairs(paths: Sequence[Path], dropped: Counter[str]) -> Iterator[Documen
     """Stream pairs as documents whose title is the summary, in the order given, in bounded memory.
 
     `.jsonl(.gz|.zst)` holds objects `{"text": …, "summary": …}`, `.tsv(.gz|.zst)` lines `title<TAB>text`, the
-    form of T5-PEGASUS's fine-tuning script. A pair without an id is called `<file name>:<line number>`.
+    form of T5-PEGASUS's fine-tuning script. A pair without an id is called `<file name>:<line number>`. Text and
+    summary still quoted as in CSV (`"`, and `""` within), as sets copied from tables often are, lose these quotes.
 
     Args:
         paths: files to read, of `check_pair_paths`.
@@ -60,7 +61,7 @@ def _parse_json(line: str, default_id: str, dropped: Counter[str]) -> Document |
     except UnicodeEncodeError:
         dropped[NOT_UTF8] += 1
         return None
-    return Document(str(record.get("id") or default_id), text, title=summary)
+    return Document(str(record.get("id") or default_id), _unquote(text), title=_unquote(summary))
 
 
 def _parse_tabbed(line: str, default_id: str, dropped: Counter[str]) -> Document | None:
@@ -68,4 +69,12 @@ def _parse_tabbed(line: str, default_id: str, dropped: Counter[str]) -> Document
     if not tab:
         dropped[NOT_A_PAIR] += 1
         return None
-    return Document(default_id, text, title=title)
+    return Document(default_id, _unquote(text), title=_unquote(title))
+
+
+def _unquote(field: str) -> str:
+    inner = field[1:-1].replace('""', "")
+    # CSV quotes a field for a reason: it holds a comma, or a quotation mark, which it doubles.
+    if len(field) > 2 and field[0] == field[-1] == '"' and '"' not in inner and ("," in inner or inner != field[1:-1]):
+        return field[1:-1].replace('""', '"')
+    return field

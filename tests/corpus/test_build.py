@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -302,12 +301,9 @@ def test_a_worker_that_dies_is_reported_not_waited_for():
     assert list(run_tasks(functools.partial(functools.partial, _die), [], num_workers=2)) == []
 
 
-def test_real_text_builds(tmp_path):
-    data = Path(os.environ.get("T5PEGASUS_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
-    vocabulary, pairs = data / "vocab" / "t5_pegasus_vocab_50000.txt", data / "summarization" / "csl_dev.jsonl"
-    if not (vocabulary.is_file() and pairs.is_file()):
-        pytest.skip(f"no shared data under {data}")
-    adopt_vocabulary(vocabulary).save(tmp_path / "tokenizer")
+def test_real_text_builds(tmp_path, shared_data):
+    pairs = shared_data / "summarization" / "csl_dev.jsonl"
+    adopt_vocabulary(shared_data / "vocab" / "t5_pegasus_vocab_50000.txt").save(tmp_path / "tokenizer")
     build_examples([pairs], tmp_path / "tokenizer", tmp_path / "examples", BuildConfig(kind="pairs"), 1)
     with ExampleShards(tmp_path / "examples") as shards:
         documents = shards.manifest["documents"]

@@ -33,7 +33,7 @@ def test_train_encode_decode(corpus, tmp_path, capsys, monkeypatch):
     train = ["train", "--input", str(corpus), "--output-path", str(path), "--vocab-size", "4025"]
     tokenizer.main(train)
     out = capsys.readouterr().out
-    assert "0.000 % of 2,208 tokens unknown" in out
+    assert "100.000 % of the characters covered, 0.000 % of 2,208 tokens unknown" in out
     assert out.endswith(
         f"next: t5pegasus build {shlex.quote(str(corpus))} --tokenizer-path {path} --output-path examples\n"
     )
@@ -69,6 +69,21 @@ def test_a_vocabulary_file_is_adopted_as_it_is(corpus, tmp_path, capsys):
     assert "complete already" in capsys.readouterr().out
     with pytest.raises(UsageError, match="either --input FILES to train on, or --from-vocabulary"):
         tokenizer.main(["train", "--output-path", str(tmp_path / "c")])
+
+
+def test_a_vocabulary_of_bert_is_adopted_by_its_own_rules(tmp_path, capsys):
+    characters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "300", "℃", "##℃"]
+    (tmp_path / "vocab.txt").write_text("\n".join(characters), encoding="utf-8")
+    adopt = ["train", "--from-vocabulary", str(tmp_path / "vocab.txt"), "--output-path", str(tmp_path / "a")]
+    tokenizer.main([*adopt, "--kind", "bert"])
+    assert "bert, 7 entries" in capsys.readouterr().out
+    assert load_tokenizer(tmp_path / "a").encode("300℃") == [4, 6]
+    with pytest.raises(ArtifactError, match="made with fingerprint="):
+        tokenizer.main(adopt)
+    with pytest.raises(UsageError, match="kind=bert is not trained"):
+        tokenizer.main(["train", "--input", "a.txt", "--kind", "bert", "--output-path", str(tmp_path / "c")])
+    with pytest.raises(UsageError, match=r"kind=sentencepiece adopts a \*\.model file"):
+        tokenizer.main([*adopt, "--kind", "sentencepiece"])
 
 
 def test_ids_that_are_no_numbers_are_refused(corpus, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.text.read import Document
-from t5pegasus.text.tokenizer import adopt_vocabulary, load_tokenizer
+from t5pegasus.text.tokenizer import adopt_vocabulary, load_tokenizer, training
 from t5pegasus.text.tokenizer.sentencepiece import SentencepieceTokenizer
 from t5pegasus.text.tokenizer.training import (
     SPECIALS,
@@ -137,10 +137,28 @@ def test_sentencepiece_gives_any_clean_text_back_and_knows_every_character(text)
     assert SENTENCEPIECE.decode(ids) == text
 
 
+def test_memory_is_bounded_and_the_frequent_words_stay(monkeypatch, tmp_path):
+    sizes = []
+
+    def observed(words):
+        sizes.append(len(words))
+        return forget_rare(words)
+
+    forget_rare = training._forget_rare
+    monkeypatch.setattr(training, "_forget_rare", observed)
+    monkeypatch.setattr(training, "MAX_COUNTED_WORDS", 300)
+    rare = [Document(f"r{i}", " ".join(f"hash{i}x{j}" for j in range(60)) * 2) for i in range(50)]
+    tokens = vocabulary(train_wordpiece([*DOCUMENTS, *rare, *DOCUMENTS], 4030), tmp_path / "tokenizer")
+    assert sizes
+    assert max(sizes) < 300 + 130  # the bound, and the words of one document
+    assert {"训练", "training"} <= set(tokens)
+
+
 def test_coverage_counts_unknown_characters():
     coverage = measure_coverage(WORDPIECE, [Document("1", "模型 训练😀龖", title="数据")])
     assert (coverage["num_characters"], coverage["num_unknown"]) == (8, 2)
     assert coverage["unknown_rate"] == 2 / coverage["num_tokens"]
+    assert coverage["character_coverage"] == 6 / 8
     assert measure_coverage(SENTENCEPIECE, DOCUMENTS)["num_unknown"] == 0
 
 

@@ -14,7 +14,7 @@ class Tokenizer(Protocol):
     """What every stage asks of a tokenizer; ids are Python ints below `vocab_size`."""
 
     kind: str
-    """`wordpiece` or `sentencepiece`."""
+    """`wordpiece`, `bert` or `sentencepiece`."""
     vocab_size: int
     pad_id: int
     unk_id: int
@@ -72,10 +72,11 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
             f"t5pegasus tokenizer train --from-vocabulary {path} --output-path FOLDER"
         )
     facts = read_tokenizer_json(path)
-    file_name = {"wordpiece": "vocab.txt", "sentencepiece": "spiece.model"}.get(str(facts.get("kind")))
+    kind = str(facts.get("kind"))
+    file_name = {"wordpiece": "vocab.txt", "bert": "vocab.txt", "sentencepiece": "spiece.model"}.get(kind)
     if file_name is None:
-        raise ArtifactError(f"{path}: kind {facts.get('kind')!r} is unknown; wordpiece or sentencepiece was wanted")
-    tokenizer = adopt_vocabulary(path / file_name)
+        raise ArtifactError(f"{path}: kind {kind!r} is unknown; wordpiece, bert or sentencepiece was wanted")
+    tokenizer = adopt_vocabulary(path / file_name, dictionary=kind != "bert")
     for field in ("vocab_size", "fingerprint"):
         if facts.get(field) != getattr(tokenizer, field):
             raise ArtifactError(
@@ -85,8 +86,12 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
     return tokenizer
 
 
-def adopt_vocabulary(path: Path | str) -> Tokenizer:
+def adopt_vocabulary(path: Path | str, *, dictionary: bool = True) -> Tokenizer:
     """A tokenizer of an existing vocabulary: a BERT-style `*.txt` list, or a sentencepiece `*.model`.
+
+    Args:
+        path: the vocabulary file.
+        dictionary: whether a `*.txt` list has dictionary words (T5-PEGASUS) or is read by BERT's rules alone.
 
     Raises:
         ArtifactError: if the file is missing or lacks what the tokenizer needs.
@@ -96,7 +101,7 @@ def adopt_vocabulary(path: Path | str) -> Tokenizer:
     if path.suffix == ".txt":
         from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer, read_vocabulary
 
-        return WordpieceTokenizer(read_vocabulary(path))
+        return WordpieceTokenizer(read_vocabulary(path), dictionary=dictionary)
     if path.suffix == ".model":
         from t5pegasus.text.tokenizer.sentencepiece import SentencepieceTokenizer, read_model
 

@@ -23,7 +23,7 @@ SPECIALS = (
 )  # fmt: skip
 """Ids 0–105, as in the released T5-PEGASUS vocabulary."""
 MAX_COUNTED_WORDS = 4_000_000
-"""Above it, words seen once are forgotten: identifiers and hashes would fill the memory."""
+"""Above it, the rarest are forgotten until half of it is left: identifiers and hashes would fill the memory."""
 MAX_PIECE_WORDS = 30_000
 """`##` pieces are taken from this many of the most frequent ASCII words."""
 MAX_PIECE_CHARACTERS = 10
@@ -143,17 +143,24 @@ def train_sentencepiece(documents: Iterable[Document], vocab_size: int) -> Sente
 
 
 def measure_coverage(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, float]:
-    """How a tokenizer reads documents: characters (without white space), tokens, unknown tokens, and rates."""
-    num_characters = num_tokens = num_unknown = 0
+    """How a tokenizer reads documents: characters (without white space), tokens, unknown tokens, and rates.
+
+    `character_coverage` is the share of the characters that are not unknown when they stand alone.
+    """
+    characters: Counter[str] = Counter()
+    num_tokens = num_unknown = 0
     for text in _iterate_texts(documents):
         ids = tokenizer.encode(text)
-        num_characters += sum(map(len, text.split()))
+        characters.update("".join(text.split()))
         num_tokens += len(ids)
         num_unknown += ids.count(tokenizer.unk_id)
+    num_characters = characters.total()
+    num_covered = sum(count for token, count in characters.items() if tokenizer.unk_id not in tokenizer.encode(token))
     return {
         "num_characters": num_characters,
         "num_tokens": num_tokens,
         "num_unknown": num_unknown,
+        "character_coverage": num_covered / max(num_characters, 1),
         "unknown_rate": num_unknown / max(num_tokens, 1),
         "characters_per_token": num_characters / max(num_tokens, 1),
     }
@@ -195,9 +202,17 @@ def _count_words(documents: Iterable[Document]) -> tuple[Counter[str], Counter[s
         words.update(rjieba.cut(normalised, False))
         characters.update(normalised)
         if len(words) > MAX_COUNTED_WORDS:
-            words = Counter({word: count for word, count in words.items() if count > 1})
+            words = _forget_rare(words)
     kept = {token: count for token, count in characters.items() if split_basic(token) == [token]}
     return Counter({word: count for word, count in words.items() if _is_word(word)}), Counter(kept)
+
+
+def _forget_rare(words: Counter[str]) -> Counter[str]:
+    rarest = 1
+    while len(words) > MAX_COUNTED_WORDS // 2:
+        words = Counter({word: count for word, count in words.items() if count > rarest and _is_word(word)})
+        rarest += 1
+    return words
 
 
 def _is_word(word: str) -> bool:

@@ -1,7 +1,7 @@
 """The tokenizer of T5-PEGASUS: dictionary words first, BERT's basic and wordpiece rules for the rest.
 
-Same ids as bert4keras `Tokenizer(vocab, do_lower_case=True, pre_tokenize=jieba.cut(…, HMM=False))`.
-White space and letter case are lost.
+Same ids as bert4keras `Tokenizer(vocab, do_lower_case=True, pre_tokenize=jieba.cut(…, HMM=False))`; without the
+dictionary, as `Tokenizer(vocab, do_lower_case=True)`, which is Chinese BERT's. White space and letter case are lost.
 """
 
 import functools
@@ -19,8 +19,11 @@ from t5pegasus.text.tokenizer.folder import write_tokenizer
 
 MAX_WORD_CHARACTERS = 200
 MAX_CACHED_WORDS = 1 << 20
-RULES = "rjieba-default-dictionary hmm-off lower nfd bert-wordpiece 1"
-"""Part of the fingerprint: another dictionary or rule gives other ids for the same vocabulary."""
+RULES = {
+    "wordpiece": "rjieba-default-dictionary hmm-off lower nfd bert-wordpiece 1",
+    "bert": "lower nfd bert-wordpiece 1",
+}
+"""By kind, part of the fingerprint: another dictionary or rule gives other ids for the same vocabulary."""
 
 HAN = (
     "\u4e00-\u9fff\u3400-\u4dbf\U00020000-\U0002a6df\U0002a700-\U0002b73f\U0002b740-\U0002b81f"
@@ -28,6 +31,7 @@ HAN = (
 )
 """The blocks that BERT isolates, as the inside of a character class."""
 _HAN_CHARACTER = re.compile(f"[{HAN}]")
+_HAN_OR_RUN = re.compile(f"[{HAN}]|[^{HAN} \n\r\t]+")
 _CJK_PUNCTUATION = (
     "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗"
     "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·！？｡。"
@@ -39,11 +43,14 @@ _DECIMAL = re.compile(r"(\d\.) (\d)")
 
 
 class WordpieceTokenizer:
-    """A vocabulary list with the specials `[PAD] [UNK] [CLS] [SEP]`; decoding starts with `[CLS]`."""
+    """A vocabulary list with the specials `[PAD] [UNK] [CLS] [SEP]`; decoding starts with `[CLS]`.
 
-    kind = "wordpiece"
+    `dictionary` says whether jieba's words are looked up whole (kind `wordpiece`, T5-PEGASUS), or every text is
+    single Han characters and word pieces (kind `bert`).
+    """
 
-    def __init__(self, vocabulary: list[str]) -> None:
+    def __init__(self, vocabulary: list[str], *, dictionary: bool = True) -> None:
+        self.kind = "wordpiece" if dictionary else "bert"
         self._tokens = vocabulary
         self._ids = {token: index for index, token in enumerate(vocabulary)}
         if len(self._ids) != len(vocabulary):
@@ -55,7 +62,7 @@ class WordpieceTokenizer:
         self.vocab_size = len(vocabulary)
         self.pad_id, self.unk_id = self._ids["[PAD]"], self._ids["[UNK]"]
         self.start_id, self.end_id = self._ids["[CLS]"], self._ids["[SEP]"]
-        content = "\n".join([RULES, *vocabulary])
+        content = "\n".join([RULES[self.kind], *vocabulary])
         self.fingerprint = hashlib.sha256(content.encode("utf-8")).hexdigest()
         self._ids_of_word = _WordCache(self._ids, self.unk_id)
 
@@ -63,7 +70,8 @@ class WordpieceTokenizer:
         """Ids of a text without specials; an unknown word or character is `unk_id`."""
         if len(self._ids_of_word) > MAX_CACHED_WORDS:
             self._ids_of_word.clear()
-        words = rjieba.cut(normalise(text), False)
+        text = normalise(text)
+        words = rjieba.cut(text, False) if self.kind == "wordpiece" else _HAN_OR_RUN.findall(text)
         return list(chain.from_iterable(map(self._ids_of_word.__getitem__, words)))
 
     def decode(self, ids: list[int]) -> str:
