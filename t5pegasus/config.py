@@ -21,6 +21,13 @@ def _require(holds: bool, message: str) -> None:
         raise UsageError(message)
 
 
+def _is_positive_number(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
 class _JsonRoundTrip:
     """`to_json` / `from_json` for nested frozen dataclasses; an unknown key names the nearest valid one."""
 
@@ -170,6 +177,14 @@ class OptimizerConfig(_JsonRoundTrip):
     weight_decay: float = 0.01
     """Decoupled, multiplied by the learning rate; gains are exempt."""
     max_grad_norm: float = 1.0
+    layer_decay: float = 1.0
+    """Each layer's learning rate is this times that of the layer above it, down to the token embedding."""
+    rate_factors: tuple[str, ...] = ()
+    """PATTERN=FACTOR: multiplies the learning rate of parameters ('encoder.*=0.5') or of those with an axis
+    ('vocab=0.1', 'decoder.layers[-2:]=2'); the factors of all patterns that fit multiply."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the same kind ('encoder.*', 'vocab', 'encoder.layers[:6]') for what is not trained: no update, no
+    decay, no part in the gradient norm. Moments are kept, at zero, so memory is saved for gradients only."""
 
     def __post_init__(self) -> None:
         _require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
@@ -181,6 +196,13 @@ class OptimizerConfig(_JsonRoundTrip):
             _require(0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
         _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be positive")
         _require(self.max_grad_norm > 0, f"optimizer.max_grad_norm={self.max_grad_norm} must be positive")
+        _require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1]")
+        for each in self.rate_factors:
+            _require(
+                _is_positive_number(each.rpartition("=")[2]),
+                f"optimizer.rate_factors={each!r} is not PATTERN=FACTOR with a positive factor; write 'encoder.*=0.5', "
+                "and freeze what is not to be trained",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,10 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind, declare_parameters
 from t5pegasus.sharding import batch_shardings, check_batch_divides, param_shardings, place_batch
+from t5pegasus.train.groups import frozen_parameters, learning_rate_factors
 from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
 from t5pegasus.train.noise import disturb_decoder_inputs
-from t5pegasus.train.optimizer import apply_adamw, make_schedule, weighted_norm
+from t5pegasus.train.optimizer import apply_adamw, keep_frozen, make_schedule, weighted_norm
 from t5pegasus.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -56,11 +57,16 @@ def pure_train_step(
     """The update as a pure function: micro-batch gradients summed, clipped, applied by AdamW."""
     schedule = make_schedule(config.optimizer, config.train.steps)
     smoothing = config.train.label_smoothing
+    factors = learning_rate_factors(config.optimizer, specs)
+    frozen = frozen_parameters(factors)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
 
-        def objective(parameters: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+        trained = {name: array for name, array in state.parameters.items() if name not in frozen}
+
+        def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+            parameters = state.parameters | trained
             micro = disturb_decoder_inputs(micro, config)
             logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
             sums = sum_losses(
@@ -69,18 +75,19 @@ def pure_train_step(
             return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            gradients, sums = jax.grad(objective, has_aux=True)(state.parameters, micro)
+            gradients, sums = jax.grad(objective, has_aux=True)(trained, micro)
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, state.parameters), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
+        zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
         (gradients, sums), _ = jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))
+        gradients = {name: keep_frozen(gradient, 0.0, factors.get(name)) for name, gradient in gradients.items()}
         norm = weighted_norm(gradients, specs, state.multipliers)
         clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
         gradients = {name: clip * gradient for name, gradient in gradients.items()}
         learning_rate = schedule(state.step)
         parameters, first, second = apply_adamw(
             config.optimizer, specs, state.multipliers, state.parameters, gradients,
-            state.first_moment, state.second_moment, state.step, learning_rate,
+            state.first_moment, state.second_moment, state.step, learning_rate, factors,
         )  # fmt: skip
         rows = state.rows + jnp.uint32(len(batch.row_ids))
         metrics = {
