@@ -5,9 +5,19 @@ A tokenizer folder holds `tokenizer.json` (kind, ids of the specials, fingerprin
 """
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from t5pegasus.errors import ArtifactError, UsageError
+
+
+class TokenText(NamedTuple):
+    """What a token stands for in a text, whatever its vocabulary writes for it."""
+
+    text: str
+    begins_word: bool
+    """`x` and `##x` of a wordpiece list, `▁x` and `x` of sentencepiece: whether white space (or nothing) is before it.
+
+    Chinese has no white space, so its words may be written either way."""
 
 
 class Tokenizer(Protocol):
@@ -34,6 +44,14 @@ class Tokenizer(Protocol):
         Raises:
             UsageError: for an id that is not in the vocabulary.
         """
+        ...
+
+    def token(self, index: int) -> str:
+        """The vocabulary's entry with this id, as it is written there."""
+        ...
+
+    def token_text(self, index: int) -> TokenText | None:
+        """What the entry with this id stands for; None for specials, bytes and other entries without a text."""
         ...
 
     def encode_source(self, text: str, max_tokens: int) -> list[int]:

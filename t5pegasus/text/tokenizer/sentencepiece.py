@@ -7,7 +7,11 @@ from typing import Any
 import sentencepiece
 
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.text.tokenizer import TokenText
 from t5pegasus.text.tokenizer.folder import write_tokenizer
+
+SPACE = "▁"
+"""U+2581, which stands for a space in pieces."""
 
 
 class SentencepieceTokenizer:
@@ -48,6 +52,18 @@ class SentencepieceTokenizer:
                     "another tokenizer?"
                 )
         return self._processor.decode([index for index in ids if index not in (self.pad_id, self.end_id, self.unk_id)])
+
+    def token(self, index: int) -> str:
+        """The piece with this id."""
+        return self._processor.id_to_piece(index)
+
+    def token_text(self, index: int) -> TokenText | None:
+        """`▁x` begins a word, `x` continues one; controls, unknown, bytes and the bare `▁` have no text."""
+        kinds = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
+        piece = self.token(index)
+        if any(is_kind(index) for is_kind in kinds) or piece == SPACE:
+            return None
+        return TokenText(piece.removeprefix(SPACE).replace(SPACE, " "), piece.startswith(SPACE))
 
     def encode_source(self, text: str, max_tokens: int) -> list[int]:
         """`text </s>`, at most `max_tokens` of them; the text gives way."""

@@ -15,6 +15,7 @@ from typing import Any
 import rjieba
 
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.text.tokenizer import TokenText
 from t5pegasus.text.tokenizer.folder import write_tokenizer
 
 MAX_WORD_CHARACTERS = 200
@@ -36,6 +37,7 @@ _CJK_PUNCTUATION = (
     "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗"
     "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·！？｡。"
 )
+_SPECIAL = re.compile(r"\[.+\]|<.+>")
 _SPACES = re.compile(" +")
 _ENGLISH_SUFFIX = re.compile("' (re|m|s|t|ve|d|ll) ")
 _GLUED_ON_THE_RIGHT = re.compile(f"([{re.escape(_CJK_PUNCTUATION + '+-/={(<[')}]) ")
@@ -98,6 +100,17 @@ class WordpieceTokenizer:
         text = _ENGLISH_SUFFIX.sub(r"'\1 ", text)
         text = _GLUED_ON_THE_RIGHT.sub(r"\1", text)
         return _DECIMAL.sub(r"\1\2", text).strip()
+
+    def token(self, index: int) -> str:
+        """The line of the vocabulary with this id."""
+        return self._tokens[index]
+
+    def token_text(self, index: int) -> TokenText | None:
+        """`x` begins a word, `##x` continues one; `[…]` and `<…>` are specials."""
+        token = self._tokens[index]
+        if _SPECIAL.fullmatch(token):
+            return None
+        return TokenText(token[2:], False) if token[:2] == "##" and len(token) > 2 else TokenText(token, True)
 
     def encode_source(self, text: str, max_tokens: int) -> list[int]:
         """`[CLS] text [SEP]`, at most `max_tokens` of them; the text gives way."""
