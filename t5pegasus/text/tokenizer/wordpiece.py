@@ -205,11 +205,16 @@ def is_punctuation(character: str) -> bool:
     )
 
 
+def is_isolated(character: str) -> bool:
+    """Whether BERT's basic tokenizer makes a word of this character alone: Han and punctuation."""
+    return _HAN_CHARACTER.match(character) is not None or is_punctuation(character)
+
+
 def split_basic(word: str) -> list[str]:
     """BERT's basic tokenizer: Han and punctuation characters alone, the rest split at white space."""
     spaced: list[str] = []
     for character in word:
-        if _HAN_CHARACTER.match(character) or is_punctuation(character):
+        if is_isolated(character):
             spaced += (" ", character, " ")
         elif character in " \n\r\t" or unicodedata.category(character) == "Zs":
             spaced.append(" ")
