@@ -47,16 +47,21 @@ def grow_state(state: TrainState, specs: Mapping[str, ParamSpec], plan: GrowthPl
         plan: where to; its seed decides every random number, together with the parameter's name.
 
     Returns:
-        Parameters, moments and multipliers of the target's sizes; step and data position as they were.
+        Parameters, moments, multipliers and moving average of the target's sizes, the average by the operators and
+        random numbers of the parameters; step and data position as they were.
     """
     maps = map_axes({axis for spec in specs.values() for axis in spec.axes}, plan.source, plan.target)
+
+    def grow_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: grow_parameter(array, specs[name], maps, _random_numbers(plan.seed, name), plan.noise)
+            for name, array in weights.items()
+        }
+
     return TrainState(
         step=state.step,
         rows=state.rows,
-        parameters={
-            name: grow_parameter(array, specs[name], maps, _random_numbers(plan.seed, name), plan.noise)
-            for name, array in state.parameters.items()
-        },
+        parameters=grow_weights(state.parameters),
         first_moment={name: grow_first_moment(array, specs[name], maps) for name, array in state.first_moment.items()},
         second_moment={
             name: grow_second_moment(array, specs[name], maps) for name, array in state.second_moment.items()
@@ -65,6 +70,7 @@ def grow_state(state: TrainState, specs: Mapping[str, ParamSpec], plan: GrowthPl
             axis: grow_multiplier(multiplier, maps[axis]) if axis in maps else multiplier
             for axis, multiplier in state.multipliers.items()
         },
+        ema=grow_weights(state.ema),
     )
 
 

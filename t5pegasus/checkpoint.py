@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -158,14 +158,14 @@ def load_arrays(
     Args:
         path: a checkpoint folder, verified by the caller (`find_checkpoint` does).
         prefixes: e.g. ("parameters.",) for inference.
-        shardings: by name, where each array shall lie, on any mesh; None gives NumPy arrays.
+        shardings: by name, where each array shall lie, on any mesh, others not being read; None gives NumPy arrays.
 
     Raises:
         ArtifactError: if a name in `shardings` is not in the checkpoint.
     """
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as reader:
         stored = reader.metadata(path.absolute() / "arrays").item_metadata.tree
-        names = [name for name in stored if name.startswith(prefixes)]
+        names = [name for name in stored if name.startswith(prefixes) and (shardings is None or name in shardings)]
         if shardings is not None and (absent := sorted(shardings.keys() - stored.keys())):
             raise ArtifactError(f"checkpoint {path} has no array {absent[0]} ({len(absent)} missing)")
         restore_args = {
@@ -177,6 +177,34 @@ def load_arrays(
         item = {name: stored[name] for name in names}
         restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
         return reader.restore(path.absolute() / "arrays", args=restore)
+
+
+def load_parameters(
+    path: Path,
+    names: Collection[str] | None = None,
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> dict[str, Any]:
+    """The weights to use a checkpoint with, by dotted name.
+
+    This is the one place that decides which they are: the exponential moving average where the run kept one, else the
+    trained parameters. Summarizing, evaluating, converting and fine-tuning all take them; continuing a run takes both.
+
+    Args:
+        path: a checkpoint folder, verified by the caller.
+        names: only these.
+        shardings: by name, as in `load_arrays`.
+    """
+    group = "ema." if has_ema(path) else "parameters."
+    prefixes = (group,) if names is None else tuple(group + name for name in names)
+    placed = None if shardings is None else {group + name: sharding for name, sharding in shardings.items()}
+    arrays = load_arrays(path, prefixes, placed)
+    loaded = {name.removeprefix(group): array for name, array in arrays.items()}
+    return loaded if names is None else {name: loaded[name] for name in names}
+
+
+def has_ema(path: Path) -> bool:
+    """Whether the checkpoint holds a moving average beside its parameters."""
+    return any((path / "arrays").glob("ema.*"))
 
 
 def has_optimizer_state(path: Path) -> bool:

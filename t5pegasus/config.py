@@ -262,8 +262,13 @@ class TrainConfig(_JsonRoundTrip):
     """Share of the examples that get this noise, drawn anew in every epoch."""
     decoder_noise_source: Literal["vocabulary", "target"] = "vocabulary"
     """Where the other tokens come from: the vocabulary without pad, start and end, or the same example's target."""
+    ema_decay: float = 0.0
+    """Above 0, also keep an exponential moving average of the parameters: ema·decay + parameters·(1 − decay) after each
+    update. It is what is evaluated, summarized with, converted and fine-tuned from."""
+    ema_warmup: bool = True
+    """After n updates the decay is (1 + n) / (10 + n) at most, so that short runs do not average their start."""
     seed: int = 0
-    """Of initialisation and dropout."""
+    """Of initialisation, dropout and decoder noise."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto = bfloat16 on TPU/GPU, float32 on CPU, where it is the faster one."""
     log_every_steps: int = 20
@@ -278,7 +283,7 @@ class TrainConfig(_JsonRoundTrip):
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
         _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
-        for name in ("label_smoothing", "decoder_noise_rate"):
+        for name in ("label_smoothing", "decoder_noise_rate", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must lie in [0, 1)")
         _require(
             0 < self.decoder_noise_examples <= 1,

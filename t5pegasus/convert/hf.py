@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_info
+from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, load_parameters
 from t5pegasus.config import NUMERICS, ModelConfig, read_json, write_json
 from t5pegasus.convert.foreign import Foreign
 from t5pegasus.convert.hf_config import model_from_hf_config, model_to_hf_config
@@ -56,7 +56,8 @@ def read_hf(folder: Path, numerics: str | None = None) -> Foreign:
     model = model_from_hf_config(values, config_path, own_head=own_head)
     if numerics is not None:
         model = dataclasses.replace(model, **NUMERICS[numerics])
-    return Foreign(model, parameters_from_hf(tensors, model), vocabulary_path)
+    stored_dtype = ", ".join(sorted({tensor.dtype.name for tensor in tensors.values()}))
+    return Foreign(model, parameters_from_hf(tensors, model), vocabulary_path, stored_dtype=stored_dtype)
 
 
 def export_hf(checkpoint_path: Path, output_path: Path, *, lossy: bool = False) -> Path:
@@ -145,8 +146,8 @@ def _read_tensors_in_turn(checkpoint_path: Path, model: ModelConfig, tensors: li
     held, array = "", np.empty(0)
     for tensor in tensors:
         if tensor.parameter != held:
-            held, name = tensor.parameter, f"parameters.{tensor.parameter}"
-            array = load_arrays(checkpoint_path, (name,))[name]
+            held = tensor.parameter
+            array = load_parameters(checkpoint_path, (held,))[held]
             if held == "lm_head" and model.scale_decoder_outputs:
                 array = array * np.float32(model.d_model**-0.5)
         yield tensor.of(array)

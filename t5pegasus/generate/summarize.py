@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5pegasus.checkpoint import load_arrays, load_checkpoint_info
+from t5pegasus.checkpoint import load_checkpoint_info, load_parameters
 from t5pegasus.config import ModelConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.generate.options import GenerationOptions
@@ -124,13 +124,10 @@ def load_summarizer(
             f"{checkpoint / 'tokenizer'} has fingerprint {tokenizer.fingerprint[:12]}…, the checkpoint was trained "
             f"with {info.tokenizer_fingerprint[:12]}…; put the tokenizer of its training back"
         )
-    arrays = load_arrays(checkpoint, ("parameters.",))
     on_cpu = jax.default_backend() == "cpu"
     return Summarizer(
         model=info.config.model,
-        parameters=jax.device_put(
-            {name.removeprefix("parameters."): array for name, array in arrays.items()}, jax.local_devices()[0]
-        ),
+        parameters=jax.device_put(load_parameters(checkpoint), jax.local_devices()[0]),
         tokenizer=tokenizer,
         options=options or GenerationOptions(max_new_tokens=info.config.data.max_target_tokens),
         max_source_tokens=max_source_tokens or info.config.data.max_source_tokens,

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from t5pegasus.axes import AxisMultiplier, Multipliers, ParamSpec
-from t5pegasus.config import OptimizerConfig
+from t5pegasus.config import OptimizerConfig, TrainConfig
 
 Arrays = Mapping[str, jax.Array]
 
@@ -128,3 +128,22 @@ def apply_adamw(
 def keep_frozen(updated: jax.Array, before: jax.Array | float, factor: np.ndarray | None) -> jax.Array:
     """`updated`, with the entries whose factor is 0 as they were `before`."""
     return updated if factor is None or factor.all() else jnp.where(factor != 0, updated, before)
+
+
+def update_ema(config: TrainConfig, ema: Arrays, parameters: Arrays, step: jax.Array) -> dict[str, jax.Array]:
+    """The moving average after an update: d·average + (1 − d)·parameters (Polyak & Juditsky 1992, exponential form).
+
+    With warm-up d = min(decay, (1 + n) / (10 + n)) after n updates, so that a short run is not an average of its
+    start. Entries that training does not move are averaged to themselves, bit for bit.
+
+    Args:
+        config: `ema_decay`, `ema_warmup`.
+        ema: the average so far, by name; empty where none is kept.
+        parameters: after the update.
+        step: updates made before it.
+    """
+    decay = jnp.float32(config.ema_decay)
+    if config.ema_warmup:
+        count = (step + 1).astype(jnp.float32)
+        decay = jnp.minimum(decay, (1 + count) / (10 + count))
+    return {name: average + (1 - decay) * (parameters[name] - average) for name, average in ema.items()}

@@ -1,6 +1,8 @@
 """Where a run's weights come from, decided in one place, and the checks at that border."""
 
 import dataclasses
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,9 +14,11 @@ from t5pegasus.checkpoint import (
     CheckpointInfo,
     find_checkpoint,
     find_last_good,
+    has_ema,
     has_optimizer_state,
     load_arrays,
     load_checkpoint_info,
+    load_parameters,
 )
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
@@ -29,11 +33,18 @@ from t5pegasus.train.state import (
 )
 from t5pegasus.train.step import resolve_compute_dtype
 
+logger = logging.getLogger(__name__)
+
 
 class Origin(NamedTuple):
     """Where a run's state comes from, and what it inherits."""
 
-    state: TrainState
+    step: int
+    """Updates that it has made."""
+    rows: int
+    """Rows that it has consumed."""
+    load: Callable[[], TrainState]
+    """Puts it on the devices, which nothing before has touched."""
     resumed: bool
     """From a checkpoint of this very run."""
     history: tuple[dict[str, Any], ...]
@@ -70,7 +81,9 @@ def find_origin(
         if keep_state and has_optimizer_state(path):
             return _restore(path, config, mesh, manifest, reset_rows=reset_rows)
         return _restore_parameters(path, config, mesh, manifest)
-    return Origin(init_state(config.model, config.train.seed, mesh), False, (), ())
+    return Origin(
+        0, 0, lambda: init_state(config.model, config.train.seed, mesh, with_ema=_keeps_ema(config)), False, (), ()
+    )
 
 
 def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], *, reset_rows: bool) -> Origin:
@@ -87,11 +100,20 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
         )
         _check_same("examples", path, info.examples_fingerprint, manifest["fingerprint"], way_out)
         _check_same("data config", path, info.config.data, config.data, way_out)
-    shardings = state_shardings(declare_parameters(config.model), mesh)
-    state = arrays_to_state(load_arrays(path, shardings=state_to_arrays(shardings)))
-    if reset_rows:
-        state = state._replace(rows=jax.device_put(jnp.zeros((), jnp.uint32), shardings.rows))
-    return Origin(state, False, info.history, info.lineage)
+    specs, stored_ema = declare_parameters(config.model), has_ema(path)
+    if stored_ema and not _keeps_ema(config):
+        logger.warning("%s: its moving average is left behind, because train.ema_decay is 0", path)
+
+    def load() -> TrainState:
+        shardings = state_shardings(specs, mesh, with_ema=stored_ema and _keeps_ema(config))
+        state = arrays_to_state(load_arrays(path, shardings=state_to_arrays(shardings)))
+        if _keeps_ema(config) and not stored_ema:  # it begins here, at the parameters
+            state = state._replace(ema={name: jnp.copy(array) for name, array in state.parameters.items()})
+        if reset_rows:
+            state = state._replace(rows=jax.device_put(jnp.zeros((), jnp.uint32), shardings.rows))
+        return state
+
+    return Origin(info.step, 0 if reset_rows else info.rows, load, False, info.history, info.lineage)
 
 
 def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]) -> Origin:
@@ -99,12 +121,21 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
     _check_model(path, info, config)
     _check_tokenizer_of(path, info, manifest)
     specs = declare_parameters(config.model)
-    shardings = state_shardings(specs, mesh)
-    named = {f"parameters.{name}": sharding for name, sharding in shardings.parameters.items()}
-    loaded = load_arrays(path, ("parameters.",), shardings=named)
-    parameters = {name.removeprefix("parameters."): array for name, array in loaded.items()}
-    state = jax.jit(lambda values: start_state(values, specs), out_shardings=shardings)(parameters)
-    return Origin(state, False, (), info.lineage)
+
+    def load() -> TrainState:
+        shardings = state_shardings(specs, mesh, with_ema=_keeps_ema(config))
+        parameters = load_parameters(path, shardings=shardings.parameters)
+
+        def start(values: dict[str, jax.Array]) -> TrainState:
+            return start_state(values, specs, with_ema=_keeps_ema(config))
+
+        return jax.jit(start, out_shardings=shardings)(parameters)
+
+    return Origin(0, 0, load, False, (), info.lineage)
+
+
+def _keeps_ema(config: RunConfig) -> bool:
+    return config.train.ema_decay > 0
 
 
 def _check_model(path: Path, info: CheckpointInfo, config: RunConfig) -> None:

@@ -27,7 +27,7 @@ from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
 from t5pegasus.train.loop import History, Hooks, run
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import find_origin
-from t5pegasus.train.state import TrainState, state_to_arrays
+from t5pegasus.train.state import TrainState, evaluated_parameters, state_to_arrays
 from t5pegasus.train.step import make_heldout_loss, make_train_step, resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             keep_state=keep_state,
             reset_rows=reset_rows,
         )
-        step = int(origin.state.step)
+        step = origin.step
         if step >= config.train.steps and not origin.resumed:
             raise UsageError(
                 f"checkpoint {paths.start_from} is at step {step}, train.steps={config.train.steps} leaves nothing to "
@@ -126,7 +126,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             save_checkpoint(path, state_to_arrays(state), info, paths.run_path / "tokenizer")
             remove_old_checkpoints(paths.run_path, path, config.train.keep_checkpoints)
 
-        batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, int(origin.state.rows))))
+        batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, origin.rows)))
         metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step if origin.resumed else -1))
         peak, peak_source = peak_flops(jax.local_devices()[0])
         metrics.write(
@@ -135,12 +135,12 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
             peak_flops_per_device=peak, peak_source=peak_source, compute_dtype=compute_dtype, **paths.to_json(),
         )  # fmt: skip
         evaluate = None if heldout_rows is None else _make_evaluate(heldout_rows, config, mesh)
-        history = origin.history
+        state, history = origin.load(), origin.history
         if evaluate is not None and not origin.resumed:  # after growth too: the loss right behind the seam
-            first = evaluate(origin.state)
+            first = evaluate(state)
             metrics.write("heldout", step, **first)
             history = (*history, {"step": step, "loss": first["loss"]})
-        run(origin.state, train_step, batches, config, Hooks(evaluate, save), metrics, history)
+        run(state, train_step, batches, config, Hooks(evaluate, save), metrics, history)
     return find_checkpoint(paths.run_path)
 
 
@@ -234,7 +234,7 @@ def _open_heldout(
 def _make_evaluate(rows: PackedRows, config: RunConfig, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:
     heldout_loss = make_heldout_loss(config, mesh)
     batch_size = config.train.batch_size // config.train.accumulation_steps
-    return lambda state: heldout_loss(state.parameters, load_epoch(rows, batch_size))
+    return lambda state: heldout_loss(evaluated_parameters(state), load_epoch(rows, batch_size))
 
 
 def _open_rows(examples_path: Path, config: RunConfig) -> PackedRows:

@@ -26,9 +26,19 @@ class TrainState(NamedTuple):
     first_moment: dict[str, Any]
     second_moment: dict[str, Any]
     multipliers: dict[str, AxisMultiplier]
+    ema: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """Exponential moving average of the parameters, by the same names; empty where the run keeps none."""
 
 
-def start_state(parameters: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -> TrainState:
+def evaluated_parameters(state: TrainState) -> dict[str, Any]:
+    """The weights to evaluate a state with: the moving average where there is one, else the trained ones.
+
+    `checkpoint.load_parameters` decides the same for a state on disk.
+    """
+    return state.ema or state.parameters
+
+
+def start_state(parameters: Mapping[str, Any], specs: Mapping[str, ParamSpec], *, with_ema: bool = False) -> TrainState:
     """The state before the first update of these parameters."""
     zeros = {name: jnp.zeros_like(value) for name, value in parameters.items()}
     return TrainState(
@@ -38,10 +48,11 @@ def start_state(parameters: Mapping[str, Any], specs: Mapping[str, ParamSpec]) -
         first_moment=zeros,
         second_moment={name: jnp.zeros_like(value) for name, value in parameters.items()},
         multipliers=init_multipliers(specs),
+        ema={name: jnp.copy(value) for name, value in parameters.items()} if with_ema else {},
     )
 
 
-def init_state(config: ModelConfig, seed: int, mesh: Mesh) -> TrainState:
+def init_state(config: ModelConfig, seed: int, mesh: Mesh, *, with_ema: bool = False) -> TrainState:
     """A fresh state, created in place on the mesh: no device ever holds more than its shards.
 
     The numbers depend on the seed alone, not on the mesh.
@@ -49,13 +60,13 @@ def init_state(config: ModelConfig, seed: int, mesh: Mesh) -> TrainState:
     specs = declare_parameters(config)
 
     def create(seed: jax.Array) -> TrainState:
-        return start_state(init_parameters(config, seed), specs)
+        return start_state(init_parameters(config, seed), specs, with_ema=with_ema)
 
-    return jax.jit(create, out_shardings=state_shardings(specs, mesh))(np.uint32(seed))
+    return jax.jit(create, out_shardings=state_shardings(specs, mesh, with_ema=with_ema))(np.uint32(seed))
 
 
-def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> TrainState:
-    """A TrainState of shardings: moments lie where their parameters lie, all the rest on every device."""
+def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh, *, with_ema: bool = False) -> TrainState:
+    """A TrainState of shardings: moments and averages lie where their parameters lie, all the rest on every device."""
     of_parameters = param_shardings(specs, mesh)
     everywhere = NamedSharding(mesh, PartitionSpec())
     axes = {axis for spec in specs.values() for axis in spec.axes}
@@ -66,13 +77,14 @@ def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> TrainState:
         first_moment=dict(of_parameters),
         second_moment=dict(of_parameters),
         multipliers={axis: AxisMultiplier(everywhere, everywhere) for axis in sorted(axes)},
+        ema=dict(of_parameters) if with_ema else {},
     )
 
 
 def state_to_arrays(state: TrainState) -> dict[str, Any]:
     """Flat dotted names → leaves, the form checkpoints store; works on states of arrays or of shardings."""
     arrays = {"step": state.step, "rows": state.rows}
-    for group in ("parameters", "first_moment", "second_moment"):
+    for group in ("parameters", "first_moment", "second_moment", "ema"):
         arrays |= {f"{group}.{name}": leaf for name, leaf in getattr(state, group).items()}
     for axis, multiplier in state.multipliers.items():
         arrays |= {
@@ -99,4 +111,5 @@ def arrays_to_state(arrays: Mapping[str, Any]) -> TrainState:
         multipliers={
             axis: AxisMultiplier(multipliers[f"{axis}.written"], multipliers[f"{axis}.read"]) for axis in sorted(axes)
         },
+        ema=group("ema."),
     )

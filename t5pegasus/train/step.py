@@ -16,7 +16,7 @@ from t5pegasus.sharding import batch_shardings, check_batch_divides, param_shard
 from t5pegasus.train.groups import frozen_parameters, learning_rate_factors
 from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
 from t5pegasus.train.noise import disturb_decoder_inputs
-from t5pegasus.train.optimizer import apply_adamw, keep_frozen, make_schedule, weighted_norm
+from t5pegasus.train.optimizer import apply_adamw, keep_frozen, make_schedule, update_ema, weighted_norm
 from t5pegasus.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -39,7 +39,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batc
     check_batch_divides(config.train.batch_size, config.train.accumulation_steps, mesh)
     specs = declare_parameters(config.model)
     update = pure_train_step(config, specs, resolve_compute_dtype(config))
-    shardings = state_shardings(specs, mesh)
+    shardings = state_shardings(specs, mesh, with_ema=config.train.ema_decay > 0)
     return _under(
         mesh,
         jax.jit(
@@ -62,16 +62,14 @@ def pure_train_step(
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
-
         trained = {name: array for name, array in state.parameters.items() if name not in frozen}
 
         def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
             parameters = state.parameters | trained
             micro = disturb_decoder_inputs(micro, config)
             logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
-            sums = sum_losses(
-                logits, micro.decoder_target_tokens, micro.decoder_loss_weights, with_uniform=smoothing > 0
-            )
+            targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
+            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0)
             return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
@@ -101,7 +99,8 @@ def pure_train_step(
             "source_tokens": jnp.sum(batch.encoder_segment_ids > 0),
             "target_tokens": sums.weight,
         }
-        return TrainState(state.step + 1, rows, parameters, first, second, state.multipliers), metrics
+        ema = update_ema(config.train, state.ema, parameters, state.step)
+        return TrainState(state.step + 1, rows, parameters, first, second, state.multipliers, ema), metrics
 
     return train_step
 

@@ -124,6 +124,20 @@ def kept_entries(spec, maps) -> np.ndarray:
     return mask
 
 
+def test_a_moving_average_grows_into_one_that_computes_the_same():
+    target = dataclasses.replace(SOURCE, **ALL)
+    state = trained_state(SOURCE)
+    random = np.random.default_rng(8)
+    average = {name: array * (1 + 0.1 * random.random(array.shape)) for name, array in state.parameters.items()}
+    plan, specs = plan_growth(SOURCE, target, 5), declare_parameters(SOURCE)
+    both = grow_state(state._replace(ema=average), specs, plan)
+    before, after = state._replace(parameters=average), both._replace(parameters=both.ema)
+    assert relative_error(compute_logits(target, after), compute_logits(SOURCE, before)) < 1e-12
+    for name, array in grown(SOURCE, target).parameters.items():
+        np.testing.assert_array_equal(both.parameters[name], array)
+    assert grow_state(state, specs, plan).ema == {}
+
+
 @axes_alone
 def test_logits_are_kept(source, changes):
     target = dataclasses.replace(source, **changes)
