@@ -56,7 +56,7 @@ def main() -> None:
         f"\ngrowth: max |Δlogit| {receipt['max_logit_difference']:.2e} ({receipt['floor_ratio']:.2f} × the permutation "
         f"floor), ΔNLL {receipt['nll_difference']:+.1e} on {receipt['num_target_tokens']:,} tokens"
     )
-    model, lead = (scores["rouge"][system]["rouge-l"] for system in ("model", "lead"))
+    model, lead = (scores["systems"][system]["scores"]["rouge-l"]["value"] for system in ("model", "lead"))
     print(f"CSL dev: loss {scores['heldout_loss']:.4f}, ROUGE-L {model:.2f}, lead {lead:.2f}: ratio {model / lead:.2f}")
 
 

@@ -40,7 +40,7 @@ VERBS = {
     "grow": Verb("turn a checkpoint into a larger one that computes the same"),
     "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True),
     "summarize": Verb("write summaries of documents"),
-    "evaluate": Verb("held-out loss, and ROUGE of the summaries against references"),
+    "evaluate": Verb("held-out loss, ROUGE and BLEU of a checkpoint or of given summaries"),
     "convert": Verb("exchange checkpoints with other formats"),
     "report": Verb("one self-contained HTML page about a run"),
     "quickstart": Verb("the whole flow on the embedded sample, in minutes on a CPU"),

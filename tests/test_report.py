@@ -14,7 +14,8 @@ from growth.plan import plan_growth
 from growth.verify import Receipt
 from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
 from t5pegasus.errors import ArtifactError
-from t5pegasus.evaluate.checkpoint import Scores
+from t5pegasus.evaluate.bootstrap import Bootstrap
+from t5pegasus.evaluate.results import Pair, Scores, compare_systems, save_evaluation
 from t5pegasus.report import write_report
 from t5pegasus.report.chart import Line, draw_lines, nice_ticks
 from t5pegasus.report.runs import group_runs, load_runs
@@ -142,17 +143,12 @@ def flow(tmp_path: Path) -> Path:
         start_from=last,
         examples_path=write_examples(tmp_path / "pairs"),
     )
-    write_lines(
-        finetune / "summaries.jsonl",
-        [{"source": "鲸是哺乳动物。" * 30, "reference": "鲸用肺呼吸。", "summary": HOSTILE}],
-    )
-    figures = {
-        "model": {"rouge-1": 31.25, "rouge-2": 12.5, "rouge-l": 28.0},
-        "lead": {"rouge-1": 40.0, "rouge-2": 27.0, "rouge-l": 35.0},
-    }
-    lengths = {"model": 17.25, "lead": 60.0, "reference": 19.0}
-    scores = Scores(str(last), 300, 1000, {"no summary": 3}, 3.5, 0.41, figures, lengths, {"num_beams": 4})
-    write_json(finetune / "scores.json", scores.to_json())
+    pairs = [Pair("鲸", "鲸是哺乳动物。" * 30, "鲸用肺呼吸。"), Pair("猫", "猫会爬树。它也捉鼠。", "猫会爬树")]
+    outputs = {"model": [HOSTILE, "猫会上树"], "lead": ["鲸是哺乳动物。", "猫会爬树。"]}
+    comparison = compare_systems(pairs, outputs, Bootstrap(20))
+    scores = Scores(str(last), 300, None, "dev.jsonl", 2, {"no summary": 3}, 3.5, 0.41,
+                    generation={"num_beams": 4}, **comparison.fields)  # fmt: skip
+    save_evaluation(finetune, scores, comparison.records)
     return finetune
 
 
@@ -203,7 +199,47 @@ def test_seam_and_receipt_are_shown(flow: Path, tmp_path: Path):
 def test_scores_and_summaries_are_shown(flow: Path, tmp_path: Path):
     write_report([flow], tmp_path / "report.html")
     words = read_page(tmp_path / "report.html").words
-    assert {"31.2 / 12.5 / 28.0", "31.25", "40.00", "17.2", "no summary 3", "num_beams 4", "鲸用肺呼吸。"} <= set(words)
+    scores = json.loads((flow / "scores.json").read_text(encoding="utf-8"))
+    model, lead = (
+        [scores["systems"][system]["scores"][f"rouge-{kind}"]["value"] for kind in ("1", "2", "l")]
+        for system in ("model", "lead")
+    )
+    assert " / ".join(f"{figure:.1f}" for figure in model) in words
+    assert "F1 in percent; lead baseline " + " / ".join(f"{figure:.1f}" for figure in lead) in words
+    published = scores["systems"]["lead"]["scores"]["t5-pegasus-rouge-l"]["value"]
+    assert {
+        f"{lead[2]:.2f} ",
+        f"{published:.2f} ",
+        "no summary 3",
+        "num_beams 4",
+        "鲸用肺呼吸。",
+        "model minus lead",
+    } <= set(words)
+
+
+def test_best_and_worst_examples_are_shown_once_each(tmp_path: Path):
+    pairs = [Pair(f"文{index:02}", "甲乙丙丁戊己庚辛壬癸" * 3, "甲乙丙丁戊己庚辛壬癸") for index in range(11)]
+    summaries = ["甲乙丙丁戊己庚辛壬癸"[:index] for index in range(11)]
+    comparison = compare_systems(pairs, {"summaries": summaries, "lead": summaries[::-1]}, Bootstrap(20))
+    scores = Scores(None, None, "written.txt", "dev.jsonl", 11, {}, None, None, generation=None, **comparison.fields)
+    save_evaluation(tmp_path / "scored", scores, comparison.records)
+    shown = {}
+    for count in (1, 2, 4):
+        assert write_report([tmp_path / "scored"], tmp_path / "page.html", count) == []
+        page = read_page(tmp_path / "page.html")
+        shown[count] = [int(word[1:]) for word in page.words if re.fullmatch(r"文\d\d", word)]
+    assert shown == {1: [10, 5, 0], 2: [10, 9, 6, 5, 0, 1], 4: list(range(10, -1, -1))}
+    assert "100 % copied from the source" in " ".join(page.words)
+    assert {"（空）", "written.txt"} <= set(page.words)
+
+
+def test_scores_of_an_earlier_version_are_named_not_shown(flow: Path, tmp_path: Path):
+    write_json(flow / "scores.json", {"schema": SCHEMA, "rouge": {"model": {"rouge-1": 31.25}}, "num_pairs": 5})
+    write_lines(flow / "summaries.jsonl", [{"source": "鲸是哺乳动物。", "reference": "鲸", "summary": "鲸用肺呼吸"}])
+    write_report([flow], tmp_path / "report.html")
+    words = read_page(tmp_path / "report.html").words
+    assert any("earlier version" in word and "evaluate again" in word for word in words)
+    assert "鲸用肺呼吸" in words
 
 
 def test_losses_that_were_not_measured_are_not_made_up(flow: Path, tmp_path: Path):

@@ -44,7 +44,7 @@ def test_documents_become_summaries(tmp_path, capsys):
     assert right_after == pytest.approx(before, abs=1e-5)
     scores = read_json(folder / "finetuned" / "scores.json")
     assert scores["num_pairs"] == 20
-    assert scores["rouge"]["lead"]["rouge-l"] > 20
+    assert scores["systems"]["lead"]["scores"]["rouge-l"]["value"] > 20
     summaries = (folder / "finetuned" / "summaries.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     assert len({json.loads(line)["source"] for line in summaries}) == 20
     assert "grown" in (folder / "report.html").read_text(encoding="utf-8").lower()

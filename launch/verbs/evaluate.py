@@ -1,26 +1,32 @@
-"""`t5pegasus evaluate`: held-out loss, ROUGE and the lead baseline on pairs, as a table and as JSON."""
+"""`t5pegasus evaluate`: held-out loss, ROUGE, BLEU and the lead baseline on pairs, as a table and as JSON."""
 
 import dataclasses
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Annotated, Any
 
 import tyro
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Score a checkpoint on pairs of text and summary: jsonl {text, summary} or lines title<TAB>text (.tsv).
+    """Score a checkpoint, or summaries that are there already, on pairs of text and summary.
 
     For example: t5pegasus evaluate runs/title --pairs-path dev.jsonl --num-beams 4
 
-    Prints a table, and writes scores.json and summaries.jsonl (source, reference, summary of every pair).
+    Or: t5pegasus evaluate --summaries written.jsonl --pairs-path dev.jsonl
+
+    Prints scores with their bootstrap intervals beside the lead baseline, and writes scores.json and summaries.jsonl
+    (source, reference, summary and scores of every pair); t5pegasus report makes a page of them.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Checkpoint folder, or a run whose last good one is meant."""
+    summaries: Path | None = None
+    """Score these instead: JSON lines {"summary": …} or lines of text in the order of the pairs, or with their "id"."""
     pairs_path: Path
-    """Pairs (.jsonl, .tsv, .gz and .zst of them)."""
+    """Pairs: jsonl {text, summary} or lines title<TAB>text (.jsonl, .tsv, .gz and .zst of them)."""
     max_examples: int | None = None
     """Use only so many pairs, the first ones."""
     num_beams: int = 1
@@ -31,51 +37,75 @@ class Evaluate:
     """Tokens of a summary at most; as many as the checkpoint was trained on."""
     batch_size: int = 16
     """Texts per batch."""
+    num_resamples: int = 1000
+    """Of the pairs, for the bootstrap intervals."""
     output_path: Path | None = None
-    """Folder for the two files; the run the checkpoint belongs to, else CHECKPOINT.scores beside it."""
+    """Folder for the two files; the run the checkpoint belongs to, else CHECKPOINT.scores (SUMMARIES.scores) beside."""
 
     def __post_init__(self) -> None:
         from t5pegasus.errors import UsageError
 
+        if (self.checkpoint is None) == (self.summaries is None):
+            raise UsageError(
+                "evaluate wants either a checkpoint or --summaries: one of "
+                "t5pegasus evaluate runs/title --pairs-path dev.jsonl and "
+                "t5pegasus evaluate --summaries written.jsonl --pairs-path dev.jsonl"
+            )
         if self.max_examples is not None and self.max_examples < 1:
             raise UsageError(f"max_examples={self.max_examples} must be at least 1")
 
 
 def main(argv: list[str]) -> None:
-    """Parse, load the parameters, evaluate, print the table and where the files lie."""
+    """Parse, evaluate, print the table and where the files lie."""
     args = tyro.cli(Evaluate, prog="t5pegasus evaluate", args=argv)
-    from launch.processes import init_distributed
-
-    init_distributed()
     folder = evaluate(args)
     print(f"\nscores: {folder / 'scores.json'}   summaries: {folder / 'summaries.jsonl'}")
-    if (folder / "metrics.jsonl").is_file():
-        print(f"next: t5pegasus report {folder}")
-    else:
-        print(f"next: t5pegasus summarize {args.checkpoint} --input TEXTS")
+    print(f"next: t5pegasus report {folder}")
 
 
 def evaluate(args: Evaluate) -> Path:
     """Evaluate, print the table, and return the folder that holds the results."""
+    from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
+    from t5pegasus.evaluate.bootstrap import Bootstrap
+    from t5pegasus.evaluate.results import save_evaluation
+    from t5pegasus.evaluate.table import format_scores
+
+    bootstrap = Bootstrap(args.num_resamples)
+    dropped: Counter[str] = Counter()
+    documents = read_pairs(check_pair_paths([args.pairs_path]), dropped)
+    given: dict[str, Any] = {"pairs_path": args.pairs_path, "bootstrap": bootstrap}
+    if args.summaries is not None:
+        from t5pegasus.evaluate.summaries import evaluate_summaries
+
+        scores, records = evaluate_summaries(args.summaries, list(documents), dropped, args.max_examples, **given)
+        folder = args.summaries.with_name(f"{args.summaries.name}.scores")
+    else:
+        from launch.processes import init_distributed
+        from t5pegasus.evaluate.checkpoint import evaluate_checkpoint
+
+        init_distributed()
+        checkpoint, summarizer = _load(args)
+        first_documents = itertools.islice(documents, args.max_examples)
+        scores, records = evaluate_checkpoint(checkpoint, summarizer, first_documents, dropped, **given)
+        folder = find_output_folder(checkpoint)
+    folder = args.output_path or folder
+    save_evaluation(folder, scores, records)
+    print(format_scores(scores))
+    return folder
+
+
+def _load(args: Evaluate) -> tuple[Path, Any]:
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
-    from t5pegasus.corpus.pairs import read_pairs
-    from t5pegasus.evaluate.checkpoint import evaluate_checkpoint, save_evaluation
     from t5pegasus.generate.options import GenerationOptions
     from t5pegasus.generate.summarize import load_summarizer
 
+    assert args.checkpoint is not None
     checkpoint = find_checkpoint(args.checkpoint)
     limit = args.max_new_tokens
     if limit is None:
         limit = load_checkpoint_info(checkpoint).config.data.max_target_tokens
     options = GenerationOptions(limit, num_beams=args.num_beams, length_penalty=args.length_penalty)
-    summarizer = load_summarizer(checkpoint, options, batch_size=args.batch_size)
-    dropped: Counter[str] = Counter()
-    pairs = itertools.islice(read_pairs([args.pairs_path], dropped), args.max_examples)
-    scores, records = evaluate_checkpoint(checkpoint, summarizer, pairs, dropped)
-    folder = args.output_path or find_output_folder(checkpoint)
-    save_evaluation(folder, scores, records)
-    print(scores.to_table())
-    return folder
+    return checkpoint, load_summarizer(checkpoint, options, batch_size=args.batch_size)
 
 
 def find_output_folder(checkpoint: Path) -> Path:

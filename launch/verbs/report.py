@@ -17,9 +17,11 @@ class Report:
     """
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
-    """Run folders; the last one has the headline."""
+    """Run folders, or folders that evaluate wrote; the last one has the headline."""
     output: Path | None = None
     """The file to write; report.html in the last run's folder if not given."""
+    examples: int = 5
+    """Summaries to show of the best, of the worst, and of those around the median."""
 
 
 def main(argv: list[str]) -> int:
@@ -30,7 +32,9 @@ def main(argv: list[str]) -> int:
 
     if not request.runs:
         raise UsageError("no run folder was given; try: t5pegasus report runs/pretrain")
+    if request.examples < 1:
+        raise UsageError(f"examples={request.examples} must be at least 1")
     output_path = request.output or request.runs[-1] / "report.html"
-    write_report(request.runs, output_path)
+    write_report(request.runs, output_path, request.examples)
     print(f"{output_path}\nOpen it in a browser; it needs no network.")
     return 0

@@ -14,7 +14,7 @@ from t5pegasus.report.markup import (
     show_short,
 )
 from t5pegasus.report.runs import Growth, Run
-from t5pegasus.report.samples import read_rouge
+from t5pegasus.report.scores import read_rouge
 
 GROWN_FIELDS = ("d_model", "d_ff", "num_heads", "d_kv", "num_encoder_layers", "num_decoder_layers")
 
@@ -106,10 +106,10 @@ def _growth(chain: Sequence[Run]) -> Markup:
 
 
 def _rouge(chain: Sequence[Run]) -> Markup:
-    rouge = read_rouge(chain[-1].scores)
+    rouge = read_rouge(chain[-1].evaluation.scores)
     if rouge is None:
         return _tile("ROUGE-1 / 2 / L", "评测", "not evaluated", "t5pegasus evaluate writes scores.json")
-    return _tile("ROUGE-1 / 2 / L", "评测", rouge.model, f"F1 in percent; lead baseline {rouge.lead}")
+    return _tile("ROUGE-1 / 2 / L", "评测", rouge.evaluated, f"F1 in percent; lead baseline {rouge.lead}")
 
 
 def _stages(runs: Sequence[Run]) -> Markup:

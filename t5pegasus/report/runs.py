@@ -23,6 +23,15 @@ class Growth:
     receipt: Json
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `t5pegasus evaluate` wrote into a folder; a file that is absent is None or empty here."""
+
+    name: str
+    scores: Json | None
+    summaries: tuple[Json, ...]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A run folder as its files tell it; a file that is absent is None or empty here."""
@@ -41,8 +50,7 @@ class Run:
     """Manifest of the held-out examples."""
     checkpoints: tuple[Json, ...]
     """Descriptions of the checkpoints kept, oldest first."""
-    scores: Json | None
-    summaries: tuple[Json, ...]
+    evaluation: Evaluation
     parent: "Run | None"
     """The run whose checkpoint this one started from."""
     growths: tuple[Growth, ...]
@@ -89,6 +97,13 @@ def load_runs(paths: Iterable[Path]) -> list[Run]:
     return list(runs.values())
 
 
+def load_evaluation(path: Path) -> Evaluation:
+    """What was evaluated in a run, or in a folder of scores beside a checkpoint."""
+    return Evaluation(
+        path.name, _read_if_there(path / "scores.json"), tuple(read_json_lines(path / "summaries.jsonl")[0])
+    )
+
+
 def group_runs(runs: Iterable[Run]) -> list[list[Run]]:
     """Runs that share one axis of steps, together: a run and all that continue it."""
     groups: list[list[Run]] = []
@@ -125,7 +140,8 @@ def _load(path: Path, runs: dict[Path, Run]) -> Run:
         return runs[path]
     if not (path / "config.json").is_file():
         raise ArtifactError(
-            f"{path} is no run folder: config.json is missing; give one that t5pegasus pretrain or finetune wrote"
+            f"{path} is no run folder: config.json is missing, and scores.json, too; give one that t5pegasus "
+            "pretrain, finetune or evaluate wrote"
         )
     record = read_json(path / "config.json")
     check_schema(record, path / "config.json")
@@ -147,8 +163,7 @@ def _load(path: Path, runs: dict[Path, Run]) -> Run:
         examples=_read_if_there(examples_path and examples_path / "manifest.json"),
         heldout=_read_if_there(heldout_path and heldout_path / "manifest.json"),
         checkpoints=tuple(_checkpoints(path)),
-        scores=_read_if_there(path / "scores.json"),
-        summaries=tuple(read_json_lines(path / "summaries.jsonl")[0]),
+        evaluation=load_evaluation(path),
         parent=parent,
         growths=growths,
     )

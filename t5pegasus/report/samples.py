@@ -1,84 +1,68 @@
-"""What the model writes, and how near it is to the references."""
+"""What a model writes: its best and its worst summaries, and some between them."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
-from t5pegasus.report.markup import Markup, absent, escape, join, section, show, table
-from t5pegasus.report.runs import Json, Run
+from t5pegasus.report.markup import Markup, absent, escape, join, section, show
+from t5pegasus.report.runs import Evaluation, Json
+from t5pegasus.report.scores import show_scores
 
-MAX_SAMPLES = 8
-METRICS = ("rouge-1", "rouge-2", "rouge-l")
-DETAILS = ("dropped", "generation")
-"""Parts of scores.json that are objects themselves."""
+_TEXTS = (("source", "Source", "原文"), ("reference", "Reference", "参考"), ("summary", "Summary", "生成"))
+_FIGURES = (("rouge-l", "ROUGE-L"), ("rouge-1", "ROUGE-1"), ("rouge-2", "ROUGE-2"))
 
 
-class Rouge(NamedTuple):
-    """ROUGE-1 / 2 / L in one line each."""
-
-    model: str
-    lead: str
-
-
-def read_rouge(scores: Json | None) -> Rouge | None:
-    """The ROUGE figures of a scores.json, None if there are none."""
-    if scores is None:
-        return None
-    rouge = scores["rouge"]
-    return Rouge(*(" / ".join(f"{rouge[system][metric]:.1f}" for metric in METRICS) for system in ("model", "lead")))
-
-
-def show_samples(runs: Sequence[Run]) -> Markup:
-    """Scores and sample summaries of every run that has them."""
+def show_samples(evaluations: Sequence[Evaluation], num_examples: int) -> Markup:
+    """Scores and examples of every evaluation that has them; `num_examples` of the best, the middle and the worst."""
     parts = []
-    for run in runs:
-        if run.scores is not None:
-            parts.append(_scores(run, run.scores))
-        if run.summaries:
-            parts.append(_summaries(run))
-    if not any(run.scores for run in runs):
+    for evaluation in evaluations:
+        parts += [show_scores(evaluation), *_examples(evaluation, num_examples)]
+    if not any(evaluation.scores for evaluation in evaluations):
         parts.append(absent("No run has a scores.json: write one with t5pegasus evaluate."))
-    if not any(run.summaries for run in runs):
+    if not any(evaluation.summaries for evaluation in evaluations):
         parts.append(absent("No run has a summaries.jsonl: t5pegasus evaluate writes it beside the scores."))
     return section("Summaries", "摘要样例", *parts)
 
 
-def _scores(run: Run, scores: Json) -> Markup:
-    """ROUGE by system, then whatever else the evaluation says, in its own words."""
-    systems = scores["mean_characters"]
-    rouge = table(
-        ("System", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Characters"),
-        (
-            (system, *(_figure(scores["rouge"].get(system), metric) for metric in METRICS), f"{characters:.1f}")
-            for system, characters in systems.items()
-        ),
-    )
-    rest = [(name, value) for name, value in scores.items() if not isinstance(value, dict) and name != "schema"]
-    rest += [
-        (name, ", ".join(f"{key} {show(item)}" for key, item in scores[name].items()) or "none") for name in DETAILS
+def _examples(evaluation: Evaluation, num_examples: int) -> list[Markup]:
+    summaries = evaluation.summaries
+    if not all("scores" in record for record in summaries):
+        shown = summaries[:num_examples]
+        title = f"The first {show(len(shown))} of the {show(len(summaries))} summaries of {evaluation.name}"
+        return [_group(title, "", shown, is_open=True)]
+    ranked = sorted(summaries, key=lambda record: -record["scores"]["rouge-l"])
+    if len(ranked) <= 3 * num_examples:
+        groups = [("All summaries", "全部", ranked)]
+    else:
+        middle = (len(ranked) - num_examples) // 2
+        groups = [
+            ("The best summaries", "最好", ranked[:num_examples]),
+            ("Summaries around the median", "居中", ranked[middle : middle + num_examples]),
+            ("The worst summaries", "最差", ranked[-1 : -num_examples - 1 : -1]),
+        ]
+    return [
+        _group(f"{title} of {evaluation.name}, by ROUGE-L", chinese, shown, is_open=place != 1)
+        for place, (title, chinese, shown) in enumerate(groups)
+        if shown
     ]
+
+
+def _group(title: str, chinese: str, shown: Sequence[Json], *, is_open: bool) -> Markup:
+    attributes = 'class="examples"' + " open" * is_open
     return Markup(
-        f'<div class="panel"><h3>{escape(run.name)}</h3>{rouge}{table(("Evaluation", ""), rest, "facts")}</div>'
+        f'<details {attributes}><summary>{escape(title)} <span lang="zh">{escape(chinese)}</span></summary>'
+        f"{join(_sample(record) for record in shown)}</details>"
     )
 
 
-def _figure(figures: dict[str, float] | None, metric: str) -> str:
-    return "" if figures is None else f"{figures[metric]:.2f}"
-
-
-def _summaries(run: Run) -> Markup:
-    shown = run.summaries[:MAX_SAMPLES]
-    count = f"{show(len(shown))} of the {show(len(run.summaries))} summaries that {run.name} wrote"
-    return join([Markup(f"<p>{escape(count)}</p>"), *(_sample(sample) for sample in shown)])
-
-
-def _sample(sample: Json) -> Markup:
+def _sample(record: Json) -> Markup:
     parts = []
-    for key, title, chinese in (
-        ("source", "Source", "原文"),
-        ("reference", "Reference", "参考"),
-        ("summary", "Summary", "生成"),
-    ):
-        if key in sample:
+    if "scores" in record:
+        figures = [f"{label} {record['scores'][name]:.1f}" for name, label in _FIGURES]
+        copied = f"{record['copied_percent']:.0f} % copied from the source"
+        parts.append(
+            f'<dt>{escape(record["id"])}</dt><dd class="figures-of">{escape(" · ".join([*figures, copied]))}</dd>'
+        )
+    for key, title, chinese in _TEXTS:
+        if key in record:
             label = f'{escape(title)} <span lang="zh">{escape(chinese)}</span>'
-            parts.append(f'<dt>{label}</dt><dd class="{key}" lang="zh">{escape(sample[key])}</dd>')
+            parts.append(f'<dt>{label}</dt><dd class="{key}" lang="zh">{escape(record[key] or "（空）")}</dd>')
     return Markup(f'<dl class="sample">{"".join(parts)}</dl>')

@@ -1,8 +1,7 @@
 """Character ROUGE (Lin 2004) for Chinese, and the lead baseline.
 
 The standard definition: F1 of clipped n-gram counts for ROUGE-1 and -2, of the longest common subsequence for
-ROUGE-L (Lin 2004, §2 and §3.1, whole text as one sequence, β = 1). The package `rouge` 1.0.1, which T5-PEGASUS
-published with, counts n-grams as sets and gives figures that are one to three points higher.
+ROUGE-L (Lin 2004, §2 and §3.1, whole text as one sequence, β = 1). `rouge_sets` has the other definition in use.
 """
 
 import re
@@ -10,11 +9,6 @@ from collections import Counter
 from typing import NamedTuple
 
 from rapidfuzz.distance import LCSseq
-
-ROUGE_DEFINITION = (
-    "character ROUGE F1 in percent, mean over pairs; lower-cased, white space removed; clipped n-gram counts, "
-    "ROUGE-L by the true longest common subsequence"
-)
 
 # A point ends a sentence unless it stands between two letters or digits (3.5, U.S) or closes the number of a
 # list item (1. 首先…, at the beginning of a line).

@@ -12,8 +12,8 @@ from launch.cli import main
 from t5pegasus.checkpoint import CheckpointInfo, load_checkpoint_info, save_checkpoint
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.data.shards import Example
-from t5pegasus.evaluate import score_pairs
-from t5pegasus.evaluate.checkpoint import measure_heldout_loss
+from t5pegasus.evaluate import DEFINITIONS, score_pairs
+from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.model.t5 import bind, init_parameters
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
@@ -85,16 +85,6 @@ def test_heldout_loss_is_the_mean_over_all_target_tokens(run_path):
         assert measured["loss"] == pytest.approx(losses.mean(), rel=1e-5)
 
 
-def test_scores_are_means_in_percent():
-    figures = score_pairs(["中国的图书馆", "法国"], ["中国的图书馆", ""])
-    assert tuple(figures) == (
-        "rouge-1", "rouge-2", "rouge-l", "bleu",
-        "t5-pegasus-rouge-1", "t5-pegasus-rouge-2", "t5-pegasus-rouge-l", "t5-pegasus-bleu",
-    )  # fmt: skip
-    halves = {name: figure for name, figure in figures.items() if name != "bleu"}
-    assert halves == pytest.approx(dict.fromkeys(halves, 50), abs=1e-6)
-
-
 def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path, capsys):
     assert main(["evaluate", str(run_path), "--pairs-path", str(pairs_path), "--batch-size", "2"]) == 0
     printed = capsys.readouterr().out
@@ -103,16 +93,29 @@ def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path,
     assert scores["num_pairs"] == 3
     assert scores["dropped"] == {"empty summary": 1}
     assert scores["step"] == 7
-    assert "clipped" in scores["rouge_definition"]
-    assert scores["rouge"]["lead"] == score_pairs(
-        [record["reference"] for record in records], [record["source"].split("。")[0] + "。" for record in records]
-    )
-    assert scores["rouge"]["model"] == score_pairs(
-        [record["reference"] for record in records], [record["summary"] for record in records]
-    )
+    assert set(scores["definitions"]) == {*DEFINITIONS, "model", "lead"}
+    references = [record["reference"] for record in records]
+    leads = [record["source"].split("。")[0] + "。" for record in records]
+    wanted = {
+        "model": score_pairs(references, [record["summary"] for record in records]),
+        "lead": score_pairs(references, leads),
+    }
+    for system, figures in wanted.items():
+        found = scores["systems"][system]["scores"]
+        assert {name: found[name]["value"] for name in figures} == figures
+        assert all(found[name]["low"] <= figures[name] + 1e-9 for name in figures)
+    for name, interval in scores["difference_from_lead"].items():
+        assert interval["value"] == pytest.approx(wanted["model"][name] - wanted["lead"][name])
+    assert scores["systems"]["lead"]["mean_characters"] == pytest.approx(sum(map(len, leads)) / 3)
     assert [record["id"] for record in records] == ["a", "dev.jsonl:2", "dev.jsonl:4"]
+    for record in records:
+        own = score_pairs([record["reference"]], [record["summary"]])
+        assert record["scores"] == pytest.approx({name: own[name] for name in record["scores"]}, abs=1e-4)
+    for found in scores["lengths"].values():
+        assert sum(part["num_pairs"] for part in found) == 3
     assert f"{scores['heldout_loss']:.4f}" in printed
-    assert all(f"{scores['rouge']['lead'][name]:.2f}" in printed for name in ("rouge-1", "rouge-2", "rouge-l"))
+    assert all(f"{figure:.2f}" in printed for figure in wanted["lead"].values())
+    assert max(map(len, printed.split("\n\nscores: ")[0].split("\n")[1:])) <= 100
     assert "empty summary" in printed
     assert str(run_path / "scores.json") in printed
     # The checkpoint is left as its manifest says, and evaluates again; beside it, if it is in no run.
