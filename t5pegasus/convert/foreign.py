@@ -19,6 +19,8 @@ class Foreign(NamedTuple):
     """A `vocab.txt` or `spiece.model` that lies beside it."""
     assumed: tuple[str, ...] = ()
     """What the files do not say and was taken for true; one sentence each, to be shown to the user."""
+    stored_dtype: str = "float32"
+    """In what the files hold the weights; several names if they differ."""
 
 
 def damaged(path: Path, what: object) -> ArtifactError:

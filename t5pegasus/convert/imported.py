@@ -2,12 +2,19 @@
 
 import dataclasses
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from t5pegasus.checkpoint import CheckpointInfo, save_checkpoint
+from t5pegasus.checkpoint import (
+    CheckpointInfo,
+    find_checkpoint,
+    load_checkpoint_info,
+    load_parameters,
+    save_checkpoint,
+)
 from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.convert.foreign import Foreign
 from t5pegasus.errors import UsageError
@@ -31,6 +38,8 @@ class Imported(NamedTuple):
     """Rows of the vocabulary without a token, dropped from embedding and head."""
     assumed: tuple[str, ...] = ()
     """What the files do not say and was taken for true; one sentence each, to be shown to the user."""
+    stored_dtype: str = "float32"
+    """In what the source holds the weights."""
 
 
 def require_free(output_path: Path) -> None:
@@ -78,6 +87,18 @@ def import_foreign(
     return join_tokenizer(foreign, tokenizer, where)
 
 
+def load_imported(checkpoint_path: Path) -> tuple[Imported, CheckpointInfo]:
+    """The model of one of our own checkpoints, or of the last good one of a run.
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged.
+    """
+    checkpoint_path = find_checkpoint(checkpoint_path)
+    info = load_checkpoint_info(checkpoint_path)
+    tokenizer = load_tokenizer(checkpoint_path / "tokenizer")
+    return Imported(info.config.model, load_parameters(checkpoint_path), tokenizer), info
+
+
 def join_tokenizer(foreign: Foreign, tokenizer: Tokenizer, where: Path) -> Imported:
     """Check that model and tokenizer belong together, and drop the rows at the end that have no token.
 
@@ -109,16 +130,22 @@ def join_tokenizer(foreign: Foreign, tokenizer: Tokenizer, where: Path) -> Impor
         parameters["token_embedding"] = parameters["token_embedding"][: tokenizer.vocab_size]
         if "lm_head" in parameters:
             parameters["lm_head"] = np.ascontiguousarray(parameters["lm_head"][:, : tokenizer.vocab_size])
-    return Imported(model, parameters, tokenizer, num_padding_rows, foreign.assumed)
+    return Imported(model, parameters, tokenizer, num_padding_rows, foreign.assumed, foreign.stored_dtype)
 
 
-def save_imported(imported: Imported, output_path: Path, config: RunConfig | None = None) -> Path:
+def save_imported(
+    imported: Imported,
+    output_path: Path,
+    config: RunConfig | None = None,
+    add_files: Callable[[Path], None] | None = None,
+) -> Path:
     """Write a checkpoint of parameters only, at step 0; returns its folder.
 
     Args:
         imported: model, parameters and tokenizer.
         output_path: checkpoint folder to create.
         config: where lengths and training options come from; its model is replaced. Default: a fresh one.
+        add_files: called with the unfinished folder, to put more into it.
 
     Raises:
         UsageError: if the output is in use.
@@ -134,5 +161,5 @@ def save_imported(imported: Imported, output_path: Path, config: RunConfig | Non
     with tempfile.TemporaryDirectory() as folder:
         imported.tokenizer.save(Path(folder) / "tokenizer")
         arrays = {f"parameters.{name}": value for name, value in imported.parameters.items()}
-        save_checkpoint(output_path, arrays, info, Path(folder) / "tokenizer")
+        save_checkpoint(output_path, arrays, info, Path(folder) / "tokenizer", add_files)
     return output_path

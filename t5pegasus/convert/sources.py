@@ -26,6 +26,13 @@ def is_foreign(path: Path) -> bool:
     return is_hf_folder(path) or is_bert4keras_folder(path) or is_t5x(path)
 
 
+def describe_kind(path: Path) -> str:
+    """What a foreign path is, in words."""
+    if is_hf_folder(path):
+        return "Hugging Face folder"
+    return "bert4keras folder" if is_bert4keras_folder(path) else "T5X checkpoint"
+
+
 def open_source(path: Path, numerics: str | None = None) -> tuple[Foreign, Path]:
     """Read another program's model; also the file that states its ids and sizes, for messages.
 
