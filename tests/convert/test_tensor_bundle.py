@@ -24,7 +24,7 @@ ARRAYS = {
     "mask": np.array([True, False]),
     "bytes": np.arange(4, dtype=np.uint8),
 }
-slow_fixture = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read_all(prefix: Path) -> dict[str, np.ndarray]:
@@ -119,7 +119,7 @@ def test_no_byte_of_the_index_can_change_what_is_read(prefix: Path):
         index.write_bytes(whole)
 
 
-@slow_fixture
+@in_one_folder
 @given(data=st.binary(max_size=300))
 def test_random_bytes_are_refused(tmp_path: Path, data: bytes):
     (tmp_path / "random.index").write_bytes(data + bytes.fromhex("57fb808b247547db"))
@@ -127,7 +127,7 @@ def test_random_bytes_are_refused(tmp_path: Path, data: bytes):
         TensorBundle(tmp_path / "random")
 
 
-@slow_fixture
+@in_one_folder
 @given(
     value=st.one_of(
         st.binary(max_size=60),
