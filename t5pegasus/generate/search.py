@@ -11,6 +11,7 @@ from t5pegasus.config import ModelConfig
 from t5pegasus.generate.beam import search_beams
 from t5pegasus.generate.options import Generated, GenerationOptions
 from t5pegasus.generate.sequential import write_sequentially
+from t5pegasus.model.decoding import CachedDecoder, DecoderCache
 from t5pegasus.model.t5 import bind
 
 
@@ -23,10 +24,11 @@ def generate(
     row_ids: jax.Array,
     options: GenerationOptions,
     compute_dtype: Any = jnp.float32,
+    prefix_tokens: jax.Array | None = None,
 ) -> Generated:
     """Write an output for every row; stops as soon as no row can change its result any more.
 
-    Compiled once per shape of the source, config, options and dtype.
+    Compiled once per shape of the source and the prefix, config, options and dtype.
 
     Args:
         config: the model's shape; its token ids start, end and pad the outputs.
@@ -36,13 +38,37 @@ def generate(
         row_ids: uint32 [B], what sampling draws a row's random numbers from, next to the seed.
         options: which search.
         compute_dtype: of activations and the cache; log-probabilities are float32 at least.
+        prefix_tokens: int32 [B, P], what every output of a row begins with, without the start token; default: nothing.
 
     Returns:
-        Tokens, lengths and scores: of `num_beams` hypotheses per row, best first (one, if not beam search).
+        Tokens, lengths and scores: of `num_beams` hypotheses per row, or `num_return` samples, best first.
     """
     model = bind(config, parameters, compute_dtype)
-    encoded = model.encode(source_tokens, source_segment_ids)
-    cache = model.start_cache(encoded, source_segment_ids, options.max_new_tokens)
-    if options.num_beams > 1:
-        return search_beams(model, cache, options)
-    return write_sequentially(model, cache, row_ids, options)
+    decoder = CachedDecoder.over(model, model.encode(source_tokens, source_segment_ids), source_segment_ids > 0)
+    inputs = jnp.full((len(source_tokens), 1), config.decoder_start_token_id, jnp.int32)
+    if prefix_tokens is not None:
+        inputs = jnp.concatenate([inputs, jnp.asarray(prefix_tokens, jnp.int32)], axis=1)
+    with_beams = options.num_beams > 1 or options.finalisation == "bert4keras"
+    num_hypotheses = options.num_beams if with_beams else options.num_return
+    cache = decoder.start(num_hypotheses, inputs.shape[1] - 1 + options.max_new_tokens)
+
+    def read(position: jax.Array, cache: DecoderCache) -> DecoderCache:
+        tokens = jax.lax.dynamic_slice_in_dim(inputs, position, 1, axis=1)
+        return decoder.step(cache, jnp.broadcast_to(tokens, (len(inputs), num_hypotheses)), position)[1]
+
+    cache = jax.lax.fori_loop(0, inputs.shape[1] - 1, read, cache)
+    if with_beams:
+        generated = search_beams(decoder, cache, inputs, options)
+    else:
+        generated = write_sequentially(decoder, cache, inputs, row_ids, options)
+    return _finish(generated, jnp.any(decoder.source_mask, axis=1), inputs.shape[1] - 1, config)
+
+
+def _finish(generated: Generated, active: jax.Array, num_prefix: int, config: ModelConfig) -> Generated:
+    """Drop the start token, count the prefix, and leave nothing where there is no hypothesis."""
+    exists = active[:, None] & (generated.scores > -jnp.inf)
+    return Generated(
+        tokens=jnp.where(exists[..., None], generated.tokens[..., 1:], config.pad_token_id),
+        lengths=jnp.where(exists, generated.lengths + num_prefix, 0),
+        scores=jnp.where(active[:, None], generated.scores, 0),
+    )

@@ -96,10 +96,9 @@ class Attention(nnx.Module):
 
     def project_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, s, embed] → keys [b, heads, d_kv, s] and values [b, heads, s, d_kv], as matrix products read them."""
-        return (
-            jnp.einsum("bsd,dhk->bhks", x, self.key[...].astype(x.dtype)),
-            jnp.einsum("bsd,dhk->bhsk", x, self.value[...].astype(x.dtype)),
-        )
+        keys = jnp.einsum("bsd,dhk->bshk", x, self.key[...].astype(x.dtype))
+        values = jnp.einsum("bsd,dhk->bshk", x, self.value[...].astype(x.dtype))
+        return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
 
     def attend(
         self,

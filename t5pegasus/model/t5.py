@@ -8,7 +8,7 @@ import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,19 +20,6 @@ from t5pegasus.config import ModelConfig
 from t5pegasus.model.attention import Attention, declare_relative_bias, relative_bias
 from t5pegasus.model.layers import Dropout, FeedForward, declare, rms_norm
 from t5pegasus.sharding import constrain
-
-
-class DecoderCache(NamedTuple):
-    """What cached decoding keeps between steps, for all decoder layers."""
-
-    self_keys: jax.Array
-    """[layers, batch, max_tokens, heads, d_kv]."""
-    self_values: jax.Array
-    cross_keys: jax.Array
-    """[layers, batch, source, heads, d_kv], computed once."""
-    cross_values: jax.Array
-    cross_mask: jax.Array
-    """bool [batch, source]: True on real source tokens."""
 
 
 class EncoderLayer(nnx.Module):
@@ -148,7 +135,7 @@ class T5(nnx.Module):
     def encode(self, tokens: jax.Array, segment_ids: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Source tokens int32 [b, s] and their segment ids (see `Batch`) → [b, s, embed]."""
         dropout = dropout or Dropout(0.0, None)
-        x = self._embed(tokens, dropout)
+        x = self.embed(tokens, dropout)
         positions = jnp.arange(tokens.shape[1])[None]
         bias = relative_bias(self.encoder.relative_bias[...], positions, positions, self.config, bidirectional=True)
         mask = _same_segment(segment_ids, segment_ids)
@@ -174,81 +161,48 @@ class T5(nnx.Module):
         `positions` are those within the segments, of decoder and encoder, int32 [1 or b, t] and [1 or b, s].
         """
         dropout = dropout or Dropout(0.0, None)
-        x = self._embed(tokens, dropout)
+        x = self.embed(tokens, dropout)
         indices = jnp.arange(tokens.shape[1])[None]
         bias = relative_bias(self.decoder.relative_bias[...], indices, indices, self.config, bidirectional=False)
         causal = _same_segment(segment_ids, segment_ids) & (indices[:, :, None] >= indices[:, None, :])
         cross_mask = _same_segment(segment_ids, encoder_segment_ids)
-        cross_bias = self._cross_bias(*positions)
+        cross_bias = self.cross_bias(*positions)
 
         def body(layer: DecoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
             cross = layer.cross_attention.project_keys_values(encoded)
             return layer(x, lambda *own: own, causal, bias, cross, cross_mask, cross_bias, dropout.fold(index))[0], None
 
         x, _ = _scan_layers(self.decoder.layers, body, x, None)
-        return self._logits(self._finish(x, self.decoder, dropout))
+        return self.read_out(x, self.head(), dropout)
 
-    def start_cache(self, encoded: jax.Array, encoder_segment_ids: jax.Array, max_tokens: int) -> DecoderCache:
-        """An empty cache for `max_tokens` decoder positions over one example per row."""
-
-        def body(layer: DecoderLayer, _: jax.Array, x: jax.Array, __: None) -> tuple[jax.Array, Any]:
-            return x, layer.cross_attention.project_keys_values(encoded)
-
-        _, (cross_keys, cross_values) = _scan_layers(self.decoder.layers, body, encoded, None)
-        layers, batch, _, heads, d_kv = cross_keys.shape
-        empty = jnp.zeros((layers, batch, max_tokens, heads, d_kv), encoded.dtype)
-        return DecoderCache(empty, empty, cross_keys, cross_values, encoder_segment_ids > 0)
-
-    def decode_step(
-        self, cache: DecoderCache, tokens: jax.Array, position: jax.Array
-    ) -> tuple[jax.Array, DecoderCache]:
-        """One token per row at one position: int32 [b] → float32 logits [b, vocab] and the cache with it."""
-        x = self._embed(tokens[:, None], Dropout(0.0, None))
-        positions = jnp.arange(cache.self_keys.shape[2])[None]
-        table = self.decoder.relative_bias[...]
-        bias = relative_bias(table, position[None, None], positions, self.config, bidirectional=False)
-        seen = jnp.broadcast_to(positions <= position, (len(tokens), 1, positions.shape[1]))
-        cross_mask = cache.cross_mask[:, None]
-        cross_bias = self._cross_bias(position[None, None], jnp.arange(cache.cross_keys.shape[2])[None])
-
-        def body(layer: DecoderLayer, _: jax.Array, x: jax.Array, cached: Any) -> tuple[jax.Array, Any]:
-            self_keys, self_values, cross_keys, cross_values = cached
-
-            def append(keys: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-                at = (0, position, 0, 0)
-                update = jax.lax.dynamic_update_slice
-                return update(self_keys, keys, at), update(self_values, values, at)
-
-            cross = (cross_keys, cross_values)
-            return layer(x, append, seen, bias, cross, cross_mask, cross_bias, Dropout(0.0, None))
-
-        x, (self_keys, self_values) = _scan_layers(self.decoder.layers, body, x, tuple(cache[:4]))
-        logits = self._logits(self._finish(x, self.decoder, Dropout(0.0, None)))
-        return logits[:, 0], cache._replace(self_keys=self_keys, self_values=self_values)
-
-    def _embed(self, tokens: jax.Array, dropout: Dropout) -> jax.Array:
+    def embed(self, tokens: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """Tokens int32 [b, t] → [b, t, embed]."""
+        dropout = dropout or Dropout(0.0, None)
         x = self.token_embedding[...].astype(self.compute_dtype)[tokens]
         return constrain(dropout(x, "embedding"), "batch", "length", "hidden")
 
     def _finish(self, x: jax.Array, stack: Stack, dropout: Dropout) -> jax.Array:
         return dropout(rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon), "final")
 
-    def _cross_bias(self, positions: jax.Array, encoder_positions: jax.Array) -> jax.Array | None:
+    def cross_bias(self, positions: jax.Array, encoder_positions: jax.Array) -> jax.Array | None:
         """What bert4keras adds to cross-attention: the decoder's table, of source positions as if they lay behind."""
         if not self.config.cross_attention_bias:
             return None
         table = self.decoder.relative_bias[...]
         return relative_bias(table, positions, encoder_positions, self.config, bidirectional=False)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def head(self) -> jax.Array:
+        """What turns the decoder's output into logits, [embed, vocab] in the compute dtype."""
+        head = self.token_embedding[...].T if self.config.tie_word_embeddings else self.lm_head[...]
+        return head.astype(self.compute_dtype)
+
+    def read_out(self, x: jax.Array, head: jax.Array, dropout: Dropout | None = None) -> jax.Array:
+        """The last decoder layer's output [b, t, embed] → float32 logits [b, t, vocab]."""
+        x = self._finish(x, self.decoder, dropout or Dropout(0.0, None))
         wide = jnp.promote_types(x.dtype, jnp.float32)
         if self.config.scale_decoder_outputs:
             x *= self.config.d_model**-0.5
-        if self.config.tie_word_embeddings:
-            head = self.token_embedding[...].astype(x.dtype)
-            logits = jnp.einsum("btd,vd->btv", x, head, preferred_element_type=wide)
-        else:
-            logits = jnp.einsum("btd,dv->btv", x, self.lm_head[...].astype(x.dtype), preferred_element_type=wide)
+        logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=wide)
         return constrain(logits, "batch", "length", "vocab")
 
 

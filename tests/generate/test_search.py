@@ -13,6 +13,7 @@ from t5pegasus.generate.beam import search_beams
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
 from t5pegasus.generate.sequential import restrict_logits
+from t5pegasus.model.decoding import CachedDecoder
 from t5pegasus.model.t5 import bind, init_parameters
 
 CONFIG = ModelConfig(
@@ -105,11 +106,14 @@ def test_one_beam_is_greedy(parameters):
     @jax.jit
     def search_one_beam(parameters):
         model = bind(CONFIG, parameters)
-        cache = model.start_cache(model.encode(*sources[:2]), sources[1], options.max_new_tokens)
-        return search_beams(model, cache, options)
+        decoder = CachedDecoder.over(model, model.encode(*sources[:2]), sources[1] > 0)
+        inputs = np.full((len(LENGTHS), 1), CONFIG.decoder_start_token_id)
+        return search_beams(decoder, decoder.start(1, options.max_new_tokens), inputs, options)
 
-    for got, wanted in zip(search_one_beam(parameters), generate(CONFIG, parameters, *sources, options)):
-        np.testing.assert_allclose(got, wanted, rtol=1e-5)
+    found, greedy = search_one_beam(parameters), generate(CONFIG, parameters, *sources, options)
+    assert np.array_equal(found.tokens[..., 1:], greedy.tokens)
+    assert np.array_equal(found.lengths, greedy.lengths)
+    np.testing.assert_allclose(found.scores, greedy.scores, rtol=1e-5)
 
 
 @pytest.mark.parametrize("length_penalty", [-0.5, 2.0])

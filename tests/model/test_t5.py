@@ -13,6 +13,7 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import NUMERICS, MeshConfig, ModelConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.model.attention import relative_position_bucket
+from t5pegasus.model.decoding import CachedDecoder
 from t5pegasus.model.flops import training_flops_per_row
 from t5pegasus.model.t5 import bind, count_parameters, declare_parameters, init_parameters
 from t5pegasus.presets import PRESETS, preset
@@ -107,12 +108,35 @@ def test_a_packed_example_has_the_logits_and_the_loss_it_has_alone(config, param
 def test_cached_decoding_gives_teacher_forced_logits(config, parameters):
     batch = make_rows([[(9, 6)], [(5, 6)]], 9, 6)
     model = bind(config, parameters)
-    encoded = model.encode(batch.encoder_input_tokens, batch.encoder_segment_ids)
-    cache = model.start_cache(encoded, batch.encoder_segment_ids, max_tokens=8)
+    decoder = CachedDecoder.over(
+        model, model.encode(batch.encoder_input_tokens, batch.encoder_segment_ids), batch.encoder_segment_ids > 0
+    )
+    cache = decoder.start(num_hypotheses=1, max_tokens=8)
     forced = model(batch)
     for position in range(6):
-        logits, cache = model.decode_step(cache, batch.decoder_input_tokens[:, position], jnp.int32(position))
-        np.testing.assert_allclose(logits, forced[:, position], rtol=0, atol=2e-5)
+        hidden, cache = decoder.step(cache, batch.decoder_input_tokens[:, position, None], jnp.int32(position))
+        np.testing.assert_allclose(decoder.logits(hidden)[:, 0], forced[:, position], rtol=0, atol=2e-5)
+
+
+def test_a_hypothesis_sees_what_its_ancestors_wrote_and_nothing_else(config, parameters):
+    source = make_rows([[(7, 1)], [(4, 1)]], 7, 1)
+    model = bind(config, parameters)
+    encoded = model.encode(source.encoder_input_tokens, source.encoder_segment_ids)
+    decoder = CachedDecoder.over(model, encoded, source.encoder_segment_ids > 0)
+    random = np.random.default_rng(4)
+    cache, lines = decoder.start(num_hypotheses=3, max_tokens=5), np.zeros((2, 3, 0), np.int32)
+    positions = jnp.arange(5)[None], source.encoder_positions
+    for position in range(5):
+        tokens = random.integers(3, config.vocab_size, (2, 3))
+        hidden, cache = decoder.step(cache, jnp.asarray(tokens), jnp.int32(position))
+        lines = np.concatenate([lines, tokens[..., None]], axis=2)
+        for hypothesis in range(3):
+            inputs = np.pad(lines[:, hypothesis], ((0, 0), (0, 4 - position)))
+            ids = np.ones_like(inputs)
+            forced = model.decode(inputs, ids, encoded, source.encoder_segment_ids, positions=positions)
+            np.testing.assert_allclose(decoder.logits(hidden)[:, hypothesis], forced[:, position], rtol=0, atol=3e-5)
+        parents = random.integers(0, 3, (2, 3))
+        cache, lines = cache.follow(jnp.asarray(parents)), np.take_along_axis(lines, parents[..., None], axis=1)
 
 
 def test_dropout_depends_on_the_row_not_on_its_place_in_the_batch(config, parameters):
