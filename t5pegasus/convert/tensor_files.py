@@ -68,13 +68,14 @@ def _read_shards(index_path: Path, read: Callable[[Path], dict[str, np.ndarray]]
     shard_of = read_json(index_path).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ArtifactError(f"{index_path} has no weight_map from tensors to files; copy it anew")
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(set(shard_of.values())):
-        path = index_path.parent / shard
+    shards = {shard: index_path.parent / shard for shard in sorted(set(shard_of.values()))}
+    for shard, path in shards.items():
         if Path(shard).name != shard or "\\" in shard:
             raise ArtifactError(f"{index_path} names the shard {shard[:200]!r}; a file beside it was wanted")
         if not path.is_file():
             raise ArtifactError(f"{path} does not exist, and {index_path.name} names it; copy all shards of the model")
+    tensors: dict[str, np.ndarray] = {}
+    for shard, path in shards.items():
         wanted = {name for name in shard_of if shard_of[name] == shard}
         held = read(path)
         if wanted != held.keys():
