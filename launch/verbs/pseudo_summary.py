@@ -11,7 +11,7 @@ from t5pegasus.errors import DataError
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.pseudo_summary import make_pseudo_summary
 from t5pegasus.text.read import read_lines_or_json
-from t5pegasus.text.sentences import MIN_CHUNK_SENTENCES, chunk_sentences, split_sentences
+from t5pegasus.text.sentences import MAX_SENTENCE_CHARACTERS, MIN_CHUNK_SENTENCES, chunk_sentences, split_sentences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +48,11 @@ def main(argv: list[str]) -> None:
         sys.stdout.buffer.flush()
         num_documents += 1
         num_without += not num_chunks
+    without = (
+        f"{num_without:,} of {num_documents:,} documents gave nothing, having fewer than {MIN_CHUNK_SENTENCES} "
+        f"sentences (of up to {MAX_SENTENCE_CHARACTERS} characters, ended by 。 or a line end)"
+    )
+    if num_without == num_documents > 0:
+        raise DataError(f"{without}; give longer documents")
     if num_without:
-        print(
-            f"t5pegasus pseudo-summary: {num_without:,} of {num_documents:,} documents gave nothing, having fewer "
-            f"than {MIN_CHUNK_SENTENCES} sentences (of up to 32 characters, ended by 。 or a line end)",
-            file=sys.stderr,
-        )
+        print(f"t5pegasus pseudo-summary: {without}", file=sys.stderr)

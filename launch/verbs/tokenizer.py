@@ -15,7 +15,7 @@ import tyro
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.progress import Progress
 from t5pegasus.text.clean import clean_documents
-from t5pegasus.text.read import Document, check_paths, read_documents, read_lines_or_json
+from t5pegasus.text.read import Document, check_paths, describe_dropped, read_documents, read_lines_or_json
 from t5pegasus.text.tokenizer import Tokenizer, adopt_vocabulary, load_tokenizer
 from t5pegasus.text.tokenizer.folder import read_tokenizer_json
 
@@ -159,7 +159,10 @@ def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
     dropped: Counter[str] = Counter()
     with Progress("tokenizer: reading", unit="documents") as progress:
         train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
-        tokenizer = train(_iterate_documents(args.input, dropped, progress), args.vocab_size)
+        try:
+            tokenizer = train(_iterate_documents(args.input, dropped, progress), args.vocab_size)
+        except DataError as error:
+            raise DataError(f"{error}: {describe_dropped(dropped) or 'the files have none'}") from None
         num_documents = progress.done
     some = islice(clean_documents(read_documents(args.input), Counter()), NUM_COVERAGE_DOCUMENTS)
     report: dict[str, Any] = {"documents": num_documents, "dropped": dict(sorted(dropped.items()))}

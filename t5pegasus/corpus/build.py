@@ -38,7 +38,7 @@ from t5pegasus.corpus.units import Unit, UnitResult, UnitWork, cut_units, result
 from t5pegasus.data.shards import LENGTHS, MANIFEST, Shard, save_array, write_manifest
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.progress import Progress
-from t5pegasus.text.read import check_paths, read_documents
+from t5pegasus.text.read import check_paths, describe_dropped, read_documents
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer
 
 PIPELINE = 2
@@ -233,8 +233,8 @@ def _account(units_path: Path, num_units: int, unreadable: dict[str, int]) -> di
         num_read += statistics["documents"]
         num_bytes += statistics["bytes"]
     if dropped.total() == num_read:
-        reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common())
-        raise DataError(f"none of the {num_read:,} documents can be used: {reasons or 'the input has none'}")
+        reasons = describe_dropped(dropped) or "the files have none"
+        raise DataError(f"none of the {num_read:,} documents can be used: {reasons}")
     return {"read": num_read, "bytes": num_bytes, "dropped": dict(sorted(dropped.items()))}
 
 

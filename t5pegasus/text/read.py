@@ -21,6 +21,14 @@ NO_TEXT = "no text"
 NOT_A_STRING = "a field is not a string"
 
 
+_WAYS_OUT = {
+    NOT_UTF8: "convert the files, e.g. with iconv -f GB18030 -t UTF-8",
+    NOT_JSON: "write one JSON object per line",
+    NOT_AN_OBJECT: "write one JSON object per line",
+    NO_TEXT: "the text belongs under the key 'text'",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One text with what is known about it; `id` is unique within the files it was read from."""
@@ -70,9 +78,25 @@ def check_paths(paths: Iterable[Path | str], kinds: Iterable[str] = ()) -> list[
             raise UsageError(f"input {path} is a folder; name the files in it, e.g. {path}/*.jsonl")
         if not path.name.endswith(kinds):
             raise UsageError(f"input {path} is of an unknown kind; known are {', '.join(kinds)}")
-        if path.stat().st_size == 0:
-            raise UsageError(f"input {path} is empty; leave it out or write it anew")
+        check_not_empty(path)
     return checked
+
+
+def check_not_empty(path: Path) -> None:
+    """Refuse a file without any content: whatever should have written it did not.
+
+    Raises:
+        UsageError: naming the path.
+    """
+    if path.is_file() and path.stat().st_size == 0:
+        raise UsageError(f"input {path} is empty; leave it out or write it anew")
+
+
+def describe_dropped(dropped: Counter[str]) -> str:
+    """Why records could not be used, the commonest reason first and what helps against it last."""
+    reasons = ", ".join(f"{reason} ({count:,})" for reason, count in dropped.most_common())
+    commonest = max(dropped, key=dropped.__getitem__, default="")
+    return reasons + (f"; {_WAYS_OUT[commonest]}" if commonest in _WAYS_OUT else "")
 
 
 def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[dict[str, Any]]:
@@ -83,13 +107,15 @@ def read_lines_or_json(source: Path | BinaryIO, key: str = "text") -> Iterator[d
     answer n.
 
     Args:
-        source: a file (also `.gz`, `.zst`) or an open binary stream such as `sys.stdin.buffer`.
+        source: a file (also `.gz`, `.zst`), not empty, or an open binary stream such as `sys.stdin.buffer`.
         key: the field the verb works on.
 
     Raises:
-        UsageError: if the file is missing or damaged.
+        UsageError: if the file is missing, empty or damaged.
         DataError: naming the line that is not UTF-8, not an object, lacks `key` or holds half a surrogate pair.
     """
+    if isinstance(source, Path):
+        check_not_empty(source)
     is_json, num_blank = None, 0
     # A stream line by line, not in chunks: someone may be typing, or a pipe may wait for the answer.
     for number, line in read_lines(source) if isinstance(source, Path) else enumerate(source, start=1):
