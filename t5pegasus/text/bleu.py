@@ -28,8 +28,8 @@ _SET_APART = re.compile(
 )
 # The rest goes by the rules of mteval-v13a, one after the other: ASCII marks stand alone, points and commas unless
 # they are between digits, and a dash behind a digit.
-_MTEVAL_RULES = (
-    (re.compile(r"([ !\"#$%&()*+/:;<=>?@\[\\\]^_`{|}~])"), r" \1 "),
+_ASCII_MARK = re.compile(r"([ !\"#$%&()*+/:;<=>?@\[\\\]^_`{|}~])")
+_POINT_RULES = (
     (re.compile(r"([^0-9])([.,])"), r"\1 \2 "),
     (re.compile(r"([.,])([^0-9])"), r" \1 \2"),
     (re.compile(r"([0-9])(-)"), r"\1 \2 "),
@@ -38,8 +38,10 @@ _MTEVAL_RULES = (
 
 def tokenize_zh(text: str) -> list[str]:
     """The tokens of sacreBLEU's tokenizer `zh`."""
-    text = _SET_APART.sub(r" \1 ", text.strip())
-    for pattern, replacement in _MTEVAL_RULES:
+    text = text.strip()
+    for pattern in (_SET_APART, _ASCII_MARK):  # what is captured comes back between its neighbours
+        text = " ".join(pattern.split(text))
+    for pattern, replacement in _POINT_RULES:
         text = pattern.sub(replacement, text)
     return text.split()
 
