@@ -146,7 +146,7 @@ def flow(tmp_path: Path) -> Path:
     pairs = [Pair("鲸", "鲸是哺乳动物。" * 30, "鲸用肺呼吸。"), Pair("猫", "猫会爬树。它也捉鼠。", "猫会爬树")]
     outputs = {"model": [HOSTILE, "猫会上树"], "lead": ["鲸是哺乳动物。", "猫会爬树。"]}
     comparison = compare_systems(pairs, outputs, Bootstrap(20))
-    scores = Scores(str(last), 300, None, "dev.jsonl", 2, {"no summary": 3}, 3.5, 0.41,
+    scores = Scores(str(last), 300, None, "dev.jsonl", 2, {"no summary": 3}, 1, 3.5, 0.41,
                     generation={"num_beams": 4}, **comparison.fields)  # fmt: skip
     save_evaluation(finetune, scores, comparison.records)
     return finetune
@@ -221,7 +221,9 @@ def test_best_and_worst_examples_are_shown_once_each(tmp_path: Path):
     pairs = [Pair(f"文{index:02}", "甲乙丙丁戊己庚辛壬癸" * 3, "甲乙丙丁戊己庚辛壬癸") for index in range(11)]
     summaries = ["甲乙丙丁戊己庚辛壬癸"[:index] for index in range(11)]
     comparison = compare_systems(pairs, {"summaries": summaries, "lead": summaries[::-1]}, Bootstrap(20))
-    scores = Scores(None, None, "written.txt", "dev.jsonl", 11, {}, None, None, generation=None, **comparison.fields)
+    scores = Scores(
+        None, None, "written.txt", "dev.jsonl", 11, {}, None, None, None, generation=None, **comparison.fields
+    )
     save_evaluation(tmp_path / "scored", scores, comparison.records)
     shown = {}
     for count in (1, 2, 4):

@@ -1,6 +1,7 @@
 """How good a checkpoint is on pairs: held-out loss, scores of what it writes, the best of several candidates."""
 
 import dataclasses
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -59,6 +60,7 @@ def evaluate_checkpoint(
         )
         for pair in pairs
     ]
+    whole = [len(tokenizer.encode_source(pair.source, sys.maxsize)) for pair in pairs]
     heldout = measure_heldout_loss(info.config, summarizer.parameters, examples, summarizer.batch_size)
     candidates = _write_candidates(summarizer, [pair.source for pair in pairs])
     outputs = {"model": [texts[0] for texts in candidates]}
@@ -76,6 +78,7 @@ def evaluate_checkpoint(
         pairs_path=str(pairs_path),
         num_pairs=len(pairs),
         dropped=dict(dropped),
+        num_truncated=sum(length > summarizer.max_source_tokens for length in whole),
         heldout_loss=heldout["loss"],
         heldout_accuracy=heldout["accuracy"],
         generation=dataclasses.asdict(summarizer.options),

@@ -55,6 +55,8 @@ class Scores:
     num_pairs: int
     dropped: dict[str, int]
     """Unusable pairs by reason."""
+    num_truncated: int | None
+    """Texts of which the model read the beginning only."""
     heldout_loss: float | None
     """Nats per target token, mean over all of them (end tokens included), by teacher forcing."""
     heldout_accuracy: float | None

@@ -55,6 +55,7 @@ def evaluate_summaries(
         pairs_path=str(pairs_path),
         num_pairs=len(pairs),
         dropped=dict(dropped),
+        num_truncated=None,
         heldout_loss=None,
         heldout_accuracy=None,
         generation=None,

@@ -36,6 +36,8 @@ def _head(scores: Scores) -> Iterator[str]:
     yield f"{subject}, {scores.num_pairs:,} pairs of {scores.pairs_path}"
     for reason, count in scores.dropped.items():
         yield f"left out: {count:,} pairs, {reason}"
+    if scores.num_truncated:
+        yield f"cut off: {scores.num_truncated:,} texts are longer than what the model reads"
     if scores.heldout_loss is not None and scores.heldout_accuracy is not None:
         yield (
             f"held-out loss {scores.heldout_loss:.4f} nats per target token, "

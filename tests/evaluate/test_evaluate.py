@@ -93,6 +93,7 @@ def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path,
     assert scores["num_pairs"] == 3
     assert scores["dropped"] == {"empty summary": 1}
     assert scores["step"] == 7
+    assert scores["num_truncated"] == 0
     assert set(scores["definitions"]) == {*DEFINITIONS, "model", "lead"}
     references = [record["reference"] for record in records]
     leads = [record["source"].split("。")[0] + "。" for record in records]
@@ -126,11 +127,16 @@ def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path,
     assert json.loads((run_path / "scores.json").read_text(encoding="utf-8"))["num_pairs"] == 1
 
 
-def test_scores_of_a_lone_checkpoint_lie_beside_it(run_path, pairs_path, tmp_path):
+def test_scores_of_a_lone_checkpoint_lie_beside_it(run_path, pairs_path, tmp_path, capsys):
     lone = tmp_path / "grown"
     shutil.copytree(run_path / "checkpoints" / "7", lone)
+    with pairs_path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"text": PAIRS[0]["text"] * 9, "summary": "图书馆"}, ensure_ascii=False) + "\n")
     assert main(["evaluate", str(lone), "--pairs-path", str(pairs_path), "--batch-size", "2", "--num-beams", "2"]) == 0
-    assert (tmp_path / "grown.scores" / "scores.json").is_file()
+    assert json.loads((tmp_path / "grown.scores" / "scores.json").read_text(encoding="utf-8"))["num_truncated"] == 1
+    printed = capsys.readouterr().out
+    assert "cut off: 1 texts" in printed
+    assert main(["report", str(tmp_path / "grown.scores")]) == 0
 
 
 def test_pairs_without_any_use_are_bad_data(run_path, tmp_path, capsys):
