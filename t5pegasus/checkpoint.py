@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
-from t5pegasus.errors import ArtifactError
+from t5pegasus.errors import ArtifactError, reading
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +127,12 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
         )
     manifest = read_json(path / MANIFEST)
     check_schema(manifest, path / MANIFEST)
+    with reading(path / MANIFEST):
+        _compare_files(path, manifest)
+    return manifest
+
+
+def _compare_files(path: Path, manifest: dict[str, Any]) -> None:
     found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
     for name in sorted(found ^ manifest["files"].keys()):
         state = "not in the manifest" if name in found else "missing"
@@ -145,7 +151,8 @@ def load_checkpoint_info(path: Path) -> CheckpointInfo:
     """What the checkpoint in this folder is."""
     value = read_json(path / "checkpoint.json")
     check_schema(value, path / "checkpoint.json")
-    return CheckpointInfo.from_json(value)
+    with reading(path / "checkpoint.json"):
+        return CheckpointInfo.from_json(value)
 
 
 def load_arrays(

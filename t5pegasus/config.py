@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from t5pegasus.errors import UsageError
+from t5pegasus.errors import UsageError, writing
 
 SCHEMA = 1
 """Version of every JSON file this package writes; readers refuse another one by name."""
@@ -45,18 +45,33 @@ class _JsonRoundTrip:
                     f"{cls.__name__}: unknown field {key!r}"
                     + (f"; perhaps you meant {near[0]!r}" if near else f"; it has {', '.join(fields)}")
                 )
-        return cls(**{key: _from_json_value(hints[key], item) for key, item in value.items()})
+        return cls(**{key: _from_json_value(hints[key], item, f"{cls.__name__}.{key}") for key, item in value.items()})
 
 
-def _from_json_value(hint: Any, value: Any) -> Any:
+def _from_json_value(hint: Any, value: Any, name: str) -> Any:
     if isinstance(value, dict) and isinstance(hint, type) and issubclass(hint, _JsonRoundTrip):
         return hint.from_json(value)
     if isinstance(value, list) and typing.get_origin(hint) is tuple:
         return tuple(value)
     if isinstance(hint, types.UnionType) and isinstance(value, dict):
         (inner,) = (arm for arm in typing.get_args(hint) if arm is not types.NoneType)
-        return _from_json_value(inner, value)
+        return _from_json_value(inner, value, name)
+    if typing.get_origin(hint) is Literal:
+        options = typing.get_args(hint)
+        _require(value in options, f"{name}={value!r} must be one of {', '.join(map(str, options))}")
+    else:
+        _require(_is_of_type(value, hint), f"{name}={value!r} must be of type {getattr(hint, '__name__', hint)}")
     return value
+
+
+def _is_of_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_of_type(value, arm) for arm in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(hint) or hint)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,7 +363,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON object so that the file is whole or absent: temporary name, flush to disk, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with writing(path), temporary.open("w", encoding="utf-8") as file:
         json.dump(value, file, ensure_ascii=False, indent=1)
         file.write("\n")
         file.flush()

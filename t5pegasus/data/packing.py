@@ -17,7 +17,7 @@ import numpy as np
 
 from t5pegasus.config import SCHEMA, DataConfig, check_schema, read_json, write_json
 from t5pegasus.data.shards import ExampleShards, hash_file
-from t5pegasus.errors import ArtifactError
+from t5pegasus.errors import ArtifactError, reading
 
 _OPEN_ROWS = 128
 """More raise the efficiency by under one percent and cost time in proportion."""
@@ -98,20 +98,21 @@ def load_packing(shards: ExampleShards, data: DataConfig) -> PackingTable:
             ) from error
     description = read_json(folder / "packing.json")
     check_schema(description, folder / "packing.json")
-    arrays = {}
-    for name, wanted in description["sha256"].items():
-        path = folder / name
-        got = hash_file(path) if path.is_file() else "absent"
-        if got != wanted:
-            raise ArtifactError(
-                f"{path}: sha256 is {got}, packing.json says {wanted}; delete {folder}, it is made anew"
-            )
-        arrays[path.stem] = np.load(path, mmap_mode="r")
-    return PackingTable(
-        **arrays,
-        source_efficiency=description["source_efficiency"],
-        target_efficiency=description["target_efficiency"],
-    )
+    with reading(folder / "packing.json"):
+        arrays = {}
+        for name, wanted in description["sha256"].items():
+            path = folder / name
+            got = hash_file(path) if path.is_file() else "absent"
+            if got != wanted:
+                raise ArtifactError(
+                    f"{path}: sha256 is {got}, packing.json says {wanted}; delete {folder}, it is made anew"
+                )
+            arrays[path.stem] = np.load(path, mmap_mode="r")
+        return PackingTable(
+            **arrays,
+            source_efficiency=float(description["source_efficiency"]),
+            target_efficiency=float(description["target_efficiency"]),
+        )
 
 
 def _table_hash(fingerprint: str, data: DataConfig) -> str:

@@ -18,11 +18,14 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from t5pegasus.config import SCHEMA, check_schema, read_json, write_json
-from t5pegasus.errors import ArtifactError
+from t5pegasus.errors import ArtifactError, reading, writing
 
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
 HISTOGRAM_BIN_TOKENS = 16
+_CONTENT_FIELDS = (
+    "tokenizer_fingerprint", "vocab_size", "pad_id", "start_id", "end_id", "lengths_sha256", "shards",
+)  # fmt: skip
 _HEADER = np.dtype("<u4")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
@@ -97,7 +100,7 @@ def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
 def save_array(path: Path, array: np.ndarray) -> None:
     """`np.save` under a temporary name, renamed when it is whole and on disk."""
     temporary = _temporary_name(path)
-    with temporary.open("wb") as file:
+    with writing(path), temporary.open("wb") as file:
         np.save(file, array)
         file.flush()
         os.fsync(file.fileno())
@@ -156,10 +159,14 @@ def write_manifest(
             "target": np.bincount(lengths[:, 1] // HISTOGRAM_BIN_TOKENS).tolist(),
         },
         "documents": documents,
-        "fingerprint": hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest(),
+        "fingerprint": _fingerprint(content),
     }
     write_json(folder / MANIFEST, manifest)
     return manifest
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class ExampleShards:
@@ -188,15 +195,17 @@ class ExampleShards:
                 f"{self.path / MANIFEST}: kind is {self.manifest.get('kind')!r}, 'examples' was wanted; "
                 "pass the folder that `t5pegasus build` wrote"
             )
-        self.fingerprint: str = self.manifest["fingerprint"]
-        self.tokenizer_path = self.path / "tokenizer"
-        self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
-        self._dtype = token_dtype(self.manifest["vocab_size"])
+        with reading(self.path / MANIFEST):
+            self._require_fingerprint()
+            self.fingerprint: str = self.manifest["fingerprint"]
+            self.tokenizer_path = self.path / "tokenizer"
+            self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
+            self._dtype = token_dtype(self.manifest["vocab_size"])
+            self._starts = np.cumsum([0] + [shard.num_examples for shard in self.shards])
         for shard in self.shards:
             self._check_size(shard)
         self.lengths = self._load_lengths()
-        self._starts = np.cumsum([0] + [shard.num_examples for shard in self.shards])
-        self._readers = [ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS) for shard in self.shards]
+        self._readers = [self._open(shard) for shard in self.shards]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -253,6 +262,21 @@ class ExampleShards:
             got = hash_file(self.path / shard.file)
             if got != shard.sha256:
                 raise self._damage(shard, f"sha256 is {got}, the manifest says {shard.sha256}")
+
+    def _require_fingerprint(self) -> None:
+        content = {field: self.manifest[field] for field in _CONTENT_FIELDS}
+        got, wanted = _fingerprint(content), self.manifest["fingerprint"]
+        if got != wanted:
+            raise ArtifactError(
+                f"{self.path / MANIFEST}: the fingerprint of what it lists is {got}, it says {wanted}; it was changed: "
+                "copy the folder again from where it is whole, or delete it and build it again"
+            )
+
+    def _open(self, shard: Shard) -> ArrayRecordReader:
+        try:
+            return ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS)
+        except RuntimeError as error:
+            raise self._damage(shard, f"it cannot be opened ({error})") from error
 
     def _check_size(self, shard: Shard) -> None:
         path = self.path / shard.file

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t5pegasus import __version__
-from t5pegasus.errors import UsageError
+from t5pegasus.errors import UsageError, reading, writing
 from t5pegasus.report.curves import show_curves
 from t5pegasus.report.details import show_config, show_data, show_environment
 from t5pegasus.report.growth import show_growths
@@ -31,7 +31,7 @@ def write_report(paths: Sequence[Path], output_path: Path, num_examples: int = N
         num_examples: summaries of each kind to show.
 
     Raises:
-        ArtifactError: if one of them is neither.
+        ArtifactError: if one of them is neither, or holds what no run does.
         UsageError: if a JSON file is damaged, or `output_path` is a folder.
     """
     if output_path.is_dir():
@@ -39,11 +39,13 @@ def write_report(paths: Sequence[Path], output_path: Path, num_examples: int = N
             f"output {output_path} is a folder, a file was wanted; give {output_path / 'report.html'}, say"
         )
     lone = [path for path in paths if not (path / "config.json").is_file() and (path / "scores.json").is_file()]
-    runs = load_runs(path for path in paths if path not in lone)
-    page = render_page(runs, [load_evaluation(path) for path in lone], num_examples)
+    with reading(paths[-1]):
+        runs = load_runs(path for path in paths if path not in lone)
+        page = render_page(runs, [load_evaluation(path) for path in lone], num_examples)
     output_path.parent.mkdir(parents=True, exist_ok=True)
     temporary = output_path.with_name(output_path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
+    with writing(output_path):
+        temporary.write_text(page, encoding="utf-8")
     temporary.replace(output_path)
     return runs
 

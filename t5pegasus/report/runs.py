@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t5pegasus.config import check_schema, read_json
-from t5pegasus.errors import ArtifactError
+from t5pegasus.errors import ArtifactError, reading
 
 Json = dict[str, Any]
 
@@ -126,7 +126,7 @@ def read_json_lines(path: Path) -> tuple[list[Json], int]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             value = None
         if isinstance(value, dict):
             objects.append(value)
@@ -138,13 +138,17 @@ def read_json_lines(path: Path) -> tuple[list[Json], int]:
 def _load(path: Path, runs: dict[Path, Run]) -> Run:
     if path in runs:
         return runs[path]
+    with reading(path):
+        return _load_new(path, runs)
+
+
+def _load_new(path: Path, runs: dict[Path, Run]) -> Run:
     if not (path / "config.json").is_file():
         raise ArtifactError(
             f"{path} is no run folder: config.json is missing, and scores.json, too; give one that t5pegasus "
             "pretrain, finetune or evaluate wrote"
         )
-    record = read_json(path / "config.json")
-    check_schema(record, path / "config.json")
+    record = _read_json(path / "config.json")
     start_from = _locate(record.get("start_from"), path)
     if start_from is not None and start_from.is_relative_to(path):
         start_from = None  # of a run that was moved alone, `checkpoints/STEP` is found in itself
@@ -185,7 +189,7 @@ def _follow_growths(checkpoint: Path, run_path: Path) -> tuple[tuple[Growth, ...
     growths: list[Growth] = []
     source: Path | None = checkpoint
     while source is not None and (source / "receipt.json").is_file():
-        info, receipt = read_json(source / "checkpoint.json"), read_json(source / "receipt.json")
+        info, receipt = _read_json(source / "checkpoint.json"), _read_json(source / "receipt.json")
         entry = info["lineage"][-1]
         growths.insert(0, Growth(source, info["step"], entry["plan"], receipt))
         source = _find_checkpoint(entry["source_fingerprint"], near=(source, run_path))
@@ -213,8 +217,14 @@ def _checkpoints(run_path: Path) -> Iterator[Json]:
     folders = [path for path in (run_path / "checkpoints").glob("*") if path.name.isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name)):
         if (folder / "manifest.json").is_file():
-            yield read_json(folder / "checkpoint.json")
+            yield _read_json(folder / "checkpoint.json")
 
 
 def _read_if_there(path: Path | None) -> Json | None:
-    return read_json(path) if path is not None and path.is_file() else None
+    return _read_json(path) if path is not None and path.is_file() else None
+
+
+def _read_json(path: Path) -> Json:
+    value = read_json(path)
+    check_schema(value, path)
+    return value

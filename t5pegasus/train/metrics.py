@@ -173,8 +173,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         if not line:
             continue
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
+        else:
             logger.warning("%s: dropping an incomplete line, left by an interrupted run", path)
     return records
 
