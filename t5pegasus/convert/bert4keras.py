@@ -90,7 +90,9 @@ def read_bert4keras(folder: Path) -> Foreign:
             f"attention_probs_dropout_prob {attention_dropout} is left out: dropout of attention "
             "weights alone, which only training would use, is not among our numerics"
         )
-    return Foreign(model, gather_parameters(model, shapes, names, bundle.read, folder), vocabulary_path, tuple(assumed))
+    parameters = gather_parameters(model, shapes, names, bundle.read, folder)
+    stored_dtype = ", ".join(sorted(set(map(bundle.dtype_name, shapes))))
+    return Foreign(model, parameters, vocabulary_path, tuple(assumed), stored_dtype)
 
 
 def _find_checkpoint(folder: Path) -> Path:

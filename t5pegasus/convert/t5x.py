@@ -77,7 +77,9 @@ def read_t5x(path: Path) -> Foreign:
     )
     if tied:
         assumed += ("logits are scaled by d_model^-0.5, as T5X does where the embedding is the head",)
-    return Foreign(model, gather_parameters(model, shapes, names, arrays.__getitem__, file), None, assumed)
+    parameters = gather_parameters(model, shapes, names, arrays.__getitem__, file)
+    stored_dtype = ", ".join(sorted({array.dtype.name for array in arrays.values()}))
+    return Foreign(model, parameters, None, assumed, stored_dtype)
 
 
 def _names() -> dict[str, str]:

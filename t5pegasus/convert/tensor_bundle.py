@@ -76,6 +76,11 @@ class TensorBundle:
         """The shape of every tensor by its name."""
         return {name: entry.shape for name, entry in self._entries.items()}
 
+    def dtype_name(self, name: str) -> str:
+        """What a tensor is stored in, in NumPy's words; TensorFlow's number of a type not read here."""
+        number = self._entries[name].dtype
+        return DTYPES[number].name if number in DTYPES else f"DataType {number}"
+
     def read(self, name: str) -> np.ndarray:
         """One tensor, in the dtype it is stored in.
 

@@ -85,6 +85,15 @@ def test_config_decides_the_numerics(tmp_path: Path, config: dict, fields: dict)
         np.testing.assert_array_equal(foreign.parameters[name], array)
 
 
+def test_narrow_variables_are_widened(tmp_path: Path):
+    variables = {name: array.astype(np.float16) for name, array in variables_of(MODEL).items()}
+    variables["shared/embedding"] = variables["shared/embedding"].astype(np.float64)
+    foreign = read_bert4keras(write_folder(tmp_path / "model", variables))
+    assert foreign.stored_dtype == "float16, float64"
+    for name, array in draw_parameters(MODEL).items():
+        np.testing.assert_array_equal(foreign.parameters[name], array.astype(np.float16).astype(np.float32))
+
+
 def test_states_of_optimizers_are_left_out(tmp_path: Path):
     variables = variables_of(MODEL) | {
         "shared/embedding_slot_vr": np.ones(12, np.float32),

@@ -162,6 +162,7 @@ def test_arrays_beside_the_file_are_read(tmp_path: Path):
     assert_is(folder / "checkpoint", MODEL)
     narrow = {name: array.astype(ml_dtypes.bfloat16) for name, array in arrays.items()}
     foreign = read_t5x(write_folder(tmp_path / "narrow", narrow, driver="gcs"))
+    assert foreign.stored_dtype == "bfloat16"
     np.testing.assert_allclose(foreign.parameters["lm_head"], draw_parameters(MODEL)["lm_head"], rtol=2**-8)
 
     alone = tmp_path / "checkpoint_alone"
