@@ -206,6 +206,8 @@ def test_scores_and_summaries_are_shown(flow: Path, tmp_path: Path):
     )
     assert " / ".join(f"{figure:.1f}" for figure in model) in words
     assert "F1 in percent; lead baseline " + " / ".join(f"{figure:.1f}" for figure in lead) in words
+    short = "2 pairs of dev.jsonl; left out 3: no summary; 1 texts longer than what the model reads"
+    assert f"{short}; held-out loss 3.5000 nats per target token" in words
     published = scores["systems"]["lead"]["scores"]["t5-pegasus-rouge-l"]["value"]
     assert {
         f"{lead[2]:.2f} ",

@@ -22,6 +22,8 @@ SYSTEMS = {
 }
 """Name → meaning."""
 
+COPIED = "characters of the output that stand in runs of two or more which the text has, too; mean over pairs"
+
 
 class Pair(NamedTuple):
     """A cleaned text and the summary a person wrote."""
@@ -74,7 +76,7 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that also defines every score and system."""
-        definitions = DEFINITIONS | {system: SYSTEMS[system] for system in self.systems}
+        definitions = DEFINITIONS | {system: SYSTEMS[system] for system in self.systems} | {"copied_percent": COPIED}
         return {"schema": SCHEMA, **dataclasses.asdict(self), "definitions": definitions}
 
 

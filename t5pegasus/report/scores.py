@@ -59,9 +59,25 @@ def show_scores(evaluation: Evaluation) -> Markup:
     facts += list(scores["definitions"].items())
     about = Markup(f"<details><summary>about these figures</summary>{table(('', ''), facts, 'facts')}</details>")
     return Markup(
-        f'<div class="panel"><h3>{escape(evaluation.name)}</h3>{join(tables)}'
+        f'<div class="panel"><h3>{escape(evaluation.name)}</h3><p>{escape(_in_short(scores))}</p>{join(tables)}'
         f'<div class="figures">{join([*lengths, spread])}</div>{about}</div>'
     )
+
+
+def _in_short(scores: Json) -> str:
+    """What was scored, and what stands between the figures and all pairs of the file."""
+    parts = [f"{show(scores['num_pairs'])} pairs of {scores['pairs_path']}"]
+    parts += [f"left out {show(count)}: {reason}" for reason, count in scores["dropped"].items()]
+    if scores["num_truncated"]:
+        parts.append(f"{show(scores['num_truncated'])} texts longer than what the model reads")
+    parts += [
+        f"{show(found['num_empty'])} empty outputs of {system}"
+        for system, found in scores["systems"].items()
+        if found["num_empty"]
+    ]
+    if scores["heldout_loss"] is not None:
+        parts.append(f"held-out loss {scores['heldout_loss']:.4f} nats per target token")
+    return "; ".join(parts)
 
 
 def _systems(scores: Json, first: str, title: str, names: Sequence[str], with_outputs: bool) -> Markup:

@@ -94,7 +94,7 @@ def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path,
     assert scores["dropped"] == {"empty summary": 1}
     assert scores["step"] == 7
     assert scores["num_truncated"] == 0
-    assert set(scores["definitions"]) == {*DEFINITIONS, "model", "lead"}
+    assert set(scores["definitions"]) == {*DEFINITIONS, "model", "lead", "copied_percent"}
     references = [record["reference"] for record in records]
     leads = [record["source"].split("。")[0] + "。" for record in records]
     wanted = {
