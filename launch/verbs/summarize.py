@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -19,8 +19,9 @@ class Summarize:
 
     For example: echo '今天上午，新图书馆开馆。首日到馆读者超过三千人。' | t5pegasus summarize runs/title --num-beams 4
 
-    Documents are JSON lines {"text": …} or plain text, one per line. A file is worked off in portions in which texts
-    of similar length go together; stdin is answered batch by batch.
+    With --num-return above 1 also the best so many, best first: {"summary": …, "candidates": [{"summary": …, "score":
+    …}, …]}. Documents are JSON lines {"text": …} or plain text, one per line. A file is worked off in portions in
+    which texts of similar length go together; stdin is answered batch by batch.
     """
 
     checkpoint: tyro.conf.Positional[Path]
@@ -29,10 +30,19 @@ class Summarize:
     """File of documents (also .gz, .zst), or - for stdin."""
     num_beams: int = 1
     """Hypotheses of beam search; 1 takes the likeliest token at each step."""
+    finalisation: Literal["exact", "huggingface", "huggingface-early", "huggingface-never", "bert4keras"] = "exact"
+    """How beam search ends: exact when nothing can become better any more; or as in transformers with early_stopping
+    False (huggingface), True (-early) or "never" (-never); or as in bert4keras, when the best hypothesis ends."""
     length_penalty: float = 1.0
-    """Beam scores are Σ log p / length ** length_penalty; more gives longer summaries."""
+    """Scores are Σ log p / length ** length_penalty; in beam search more gives longer summaries."""
     max_new_tokens: int | None = None
     """Tokens of a summary at most; as many as the checkpoint was trained on."""
+    min_new_tokens: int = 0
+    """Tokens of a summary at least, the end token not counted."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens comes twice in a summary; 0 allows all."""
+    prefix: str = ""
+    """What every summary begins with."""
     temperature: float = 0.0
     """Above 0, tokens are drawn from softmax(logits / temperature)."""
     top_k: int = 0
@@ -41,6 +51,11 @@ class Summarize:
     """Draw among the likeliest tokens that have this probability together."""
     seed: int = 0
     """Of the drawing."""
+    num_return: int = 1
+    """Summaries of a document: the best of num_beams hypotheses, or as many drawn ones."""
+    max_source_tokens: int | None = None
+    """Tokens of a document that are read, the rest is cut off; as many as the checkpoint was trained on. More is
+    possible (T5 has no longest input), but the model has not learned from such."""
     batch_size: int = 16
     """Texts per batch."""
 
@@ -57,15 +72,24 @@ def main(argv: list[str]) -> None:
 
     checkpoint = find_checkpoint(args.checkpoint)
     options = _choose_options(args, checkpoint)
-    summarizer = load_summarizer(checkpoint, options, batch_size=args.batch_size)
+    summarizer = load_summarizer(
+        checkpoint,
+        options,
+        max_source_tokens=args.max_source_tokens,
+        batch_size=args.batch_size,
+        prefix=args.prefix,
+    )
     from_stdin = args.input == Path("-")
     portion = args.batch_size * (1 if from_stdin else _PORTION_BATCHES)
     with Progress("summarize", unit="texts") as progress:
         for records in _portions(_read_records(args.input), portion):
-            summaries = summarizer.summarize([record["text"] for record in records], first_index=progress.done)
-            for record, summary in zip(records, summaries):
-                kept = {"id": record["id"]} if "id" in record else {}
-                print(json.dumps(kept | {"summary": summary.text}, ensure_ascii=False))
+            texts = [record["text"] for record in records]
+            for record, summaries in zip(records, summarizer.summarize_n_best(texts, first_index=progress.done)):
+                answer = {"id": record["id"]} if "id" in record else {}
+                answer["summary"] = summaries[0].text
+                if options.num_return > 1:
+                    answer["candidates"] = [{"summary": found.text, "score": found.score} for found in summaries]
+                print(json.dumps(answer, ensure_ascii=False))
             sys.stdout.flush()
             progress.advance(len(records))
 

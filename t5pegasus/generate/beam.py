@@ -42,7 +42,7 @@ def search_beams(
         Tokens from the start token on, lengths without the prefix.
     """
     config, num_beams, num_inputs = decoder.model.config, options.num_beams, inputs.shape[1]
-    finalisation: Finalisation = BestEnds(options) if options.finalisation == "bert4keras" else Pool(options)
+    finalisation = _choose_finalisation(options)
 
     def unfinished(state: _Beams) -> jax.Array:
         return (state.length < options.max_new_tokens) & jnp.any(finalisation.is_open(state.final))
@@ -76,6 +76,10 @@ def search_beams(
 
     end = jax.lax.while_loop(unfinished, step, _start(decoder, cache, inputs, options, finalisation))
     return finalisation.finish(end.final, end.tokens, end.sums, end.length)
+
+
+def _choose_finalisation(options: GenerationOptions) -> Finalisation:
+    return BestEnds(options) if options.finalisation == "bert4keras" else Pool(options)
 
 
 def _start(

@@ -46,8 +46,13 @@ class Finalisation(Protocol):
         ...
 
     def start(self, active: jax.Array, tokens: jax.Array, dtype: Any) -> Any:
-        """The state before the first step: `active` bool [B], tokens int32 [B, K, L] in which
-        nothing is written yet, and the dtype of sums."""
+        """The state before the first step.
+
+        Args:
+            active: bool [B], False in empty rows.
+            tokens: int32 [B, K, L] in which nothing is written yet.
+            dtype: of sums and scores.
+        """
         ...
 
     def receive(self, state: Any, found: Candidates, length: jax.Array) -> tuple[Any, jax.Array]:
@@ -83,13 +88,16 @@ class Pool:
         self.exact = options.finalisation == "exact"
 
     def gain(self, log_probabilities: jax.Array) -> jax.Array:
+        """Log p itself."""
         return log_probabilities
 
     def start(self, active: jax.Array, tokens: jax.Array, dtype: Any) -> _PoolState:
+        """An empty pool."""
         nothing = jnp.full(tokens.shape[:2], -jnp.inf, dtype)
         return _PoolState(tokens, jnp.zeros(tokens.shape[:2], jnp.int32), nothing, active)
 
     def receive(self, state: _PoolState, found: Candidates, length: jax.Array) -> tuple[_PoolState, jax.Array]:
+        """Let those among the K best that end join the pool."""
         stops = found.ends if self.exact else found.ends | (length == self.options.max_new_tokens)
         among_best = jnp.arange(found.sums.shape[1]) < self.options.num_beams
         joins = stops & among_best[None] & state.is_open[:, None]
@@ -97,6 +105,7 @@ class Pool:
         return _join(state, found.tokens, length, scores), jnp.where(found.ends, -jnp.inf, found.sums)
 
     def settle(self, state: _PoolState, running_sums: jax.Array, length: jax.Array) -> _PoolState:
+        """Close the rows in which nothing running can join the pool any more."""
         options, worst = self.options, state.scores[:, -1]
         if options.length_penalty > 0 and options.finalisation in ("exact", "huggingface-never"):
             reached = jnp.asarray(options.max_new_tokens)
@@ -108,9 +117,11 @@ class Pool:
         return state._replace(is_open=still_open)
 
     def is_open(self, state: _PoolState) -> jax.Array:
+        """Bool [B]: the pool may still change."""
         return state.is_open
 
     def finish(self, state: _PoolState, tokens: jax.Array, running_sums: jax.Array, length: jax.Array) -> Generated:
+        """The pool; for `exact` with what is still running at the limit."""
         if self.exact:
             at_limit = (length == self.options.max_new_tokens) & state.is_open[:, None]
             scores = jnp.where(at_limit, normalise(running_sums, length, self.options), -jnp.inf)
@@ -141,10 +152,12 @@ class BestEnds:
         self.options = options
 
     def gain(self, log_probabilities: jax.Array) -> jax.Array:
+        """Log (p + 1e-12)."""
         floored = jnp.log(jnp.exp(log_probabilities) + 1e-12)
         return jnp.where(log_probabilities > -jnp.inf, floored, -jnp.inf)
 
     def start(self, active: jax.Array, tokens: jax.Array, dtype: Any) -> _BestState:
+        """No output yet, and the full width."""
         num_rows, num_beams = tokens.shape[:2]
         return _BestState(
             tokens=tokens[:, :1],
@@ -155,6 +168,7 @@ class BestEnds:
         )
 
     def receive(self, state: _BestState, found: Candidates, length: jax.Array) -> tuple[_BestState, jax.Array]:
+        """Take the best if it ends, drop the others that do."""
         kept = (jnp.arange(found.sums.shape[1])[None] < state.width[:, None]) & (found.sums > -jnp.inf)
         runs = kept & ~found.ends
         done = state.is_open & found.ends[:, 0]
@@ -163,12 +177,15 @@ class BestEnds:
         return state._replace(width=width, is_open=state.is_open & ~done), jnp.where(runs, found.sums, -jnp.inf)
 
     def settle(self, state: _BestState, running_sums: jax.Array, length: jax.Array) -> _BestState:
+        """Nothing more: a row is done when its output is taken."""
         return state
 
     def is_open(self, state: _BestState) -> jax.Array:
+        """Bool [B]: there is no output yet."""
         return state.is_open
 
     def finish(self, state: _BestState, tokens: jax.Array, running_sums: jax.Array, length: jax.Array) -> Generated:
+        """The outputs; at the limit the best that is running."""
         state = _take(state, state.is_open, tokens, running_sums, length)
         scores = normalise(state.sums, jnp.maximum(state.lengths, 1), self.options)
         return Generated(state.tokens, state.lengths, scores)

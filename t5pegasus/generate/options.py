@@ -29,7 +29,7 @@ class GenerationOptions:
     seed: int = 0
     """Of sampling: output i depends on the seed, i and its source only, not on its batch."""
     min_new_tokens: int = 0
-    """So many tokens are written before the end token may be; counted as `max_new_tokens` are."""
+    """So many tokens come before the end token, those of a forced prefix not counted."""
     no_repeat_ngram_size: int = 0
     """No sequence of so many tokens is written twice, start token and prefix counting as written; 0 allows all."""
     finalisation: Finalisation = "exact"

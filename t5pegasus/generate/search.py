@@ -56,7 +56,8 @@ def generate(
         tokens = jax.lax.dynamic_slice_in_dim(inputs, position, 1, axis=1)
         return decoder.step(cache, jnp.broadcast_to(tokens, (len(inputs), num_hypotheses)), position)[1]
 
-    cache = jax.lax.fori_loop(0, inputs.shape[1] - 1, read, cache)
+    if inputs.shape[1] > 1:
+        cache = jax.lax.fori_loop(0, inputs.shape[1] - 1, read, cache)
     if with_beams:
         generated = search_beams(decoder, cache, inputs, options)
     else:

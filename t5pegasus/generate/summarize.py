@@ -26,9 +26,9 @@ class Summary:
 
     text: str
     score: float
-    """Σ log p / tokens ** length_penalty; 0 for an empty text."""
+    """Σ log p / tokens ** length_penalty, both without the prefix; 0 for an empty text."""
     num_tokens: int
-    """Tokens written, the end token among them; 0 for an empty text, which has an empty summary."""
+    """Tokens of prefix and output, the end token among them; 0 for an empty text, which has an empty summary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +44,31 @@ class Summarizer:
     """Longer texts lose their end."""
     compute_dtype: str
     batch_size: int = 16
+    prefix: str = ""
+    """What every summary begins with."""
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UsageError(f"batch_size={self.batch_size} must be at least 1")
+        if self.max_source_tokens < 2:
+            raise UsageError(f"max_source_tokens={self.max_source_tokens} must be at least 2")
+        if self.tokenizer.unk_id in self._prefix_ids():
+            raise UsageError(
+                f"prefix={self.prefix!r} holds a character that the tokenizer does not know, and no summary could "
+                "begin with it; leave it out"
+            )
+
+    def _prefix_ids(self) -> list[int]:
+        return self.tokenizer.encode(self.prefix) if self.prefix else []
 
     def summarize(self, texts: Sequence[str], first_index: int = 0) -> list[Summary]:
-        """One summary per text, in the order of the texts.
+        """One summary per text, in the order of the texts: the best of `summarize_n_best`."""
+        return [summaries[0] for summaries in self.summarize_n_best(texts, first_index)]
 
+    def summarize_n_best(self, texts: Sequence[str], first_index: int = 0) -> list[list[Summary]]:
+        """For every text, in their order, its summaries, best first: at least one, at most `options.num_return`.
+
+        They are fewer where the search found fewer, or where two of them read the same (the better one is kept).
         Texts of similar length share a batch, whatever their order. Its width is the next power of two from
         `MIN_SOURCE_WIDTH` on (or `max_source_tokens`), its number of rows the next power of two up to
         `batch_size`, so that a corpus needs a handful of compiled programs.
@@ -59,6 +76,9 @@ class Summarizer:
         Args:
             texts: cleaned here as documents are before training.
             first_index: of the first text, for those who call in portions: sampling draws by seed and index.
+
+        Raises:
+            UsageError: if the options forbid every output of a text (a short vocabulary without repetitions).
         """
         cleaned = [clean_text(text) for text in texts]
         sources = {
@@ -66,16 +86,16 @@ class Summarizer:
             for index, text in enumerate(cleaned)
             if text
         }
-        summaries = [Summary("", 0.0, 0)] * len(texts)
+        summaries = [[Summary("", 0.0, 0)] for _ in texts]
         by_length = sorted(sources, key=lambda index: len(sources[index]))
         for start in range(0, len(by_length), self.batch_size):
             indices = by_length[start : start + self.batch_size]
             written = self._write([sources[index] for index in indices], np.array(indices) + first_index)
-            for index, summary in zip(indices, written):
-                summaries[index] = summary
+            for index, candidates in zip(indices, written):
+                summaries[index] = candidates
         return summaries
 
-    def _write(self, sources: list[list[int]], indices: np.ndarray) -> list[Summary]:
+    def _write(self, sources: list[list[int]], indices: np.ndarray) -> list[list[Summary]]:
         num_rows = min(_next_power_of_two(len(sources)), self.batch_size)
         longest = max(map(len, sources))
         width = min(max(_next_power_of_two(longest), MIN_SOURCE_WIDTH), self.max_source_tokens)
@@ -86,15 +106,30 @@ class Summarizer:
             segment_ids[row, : len(source)] = 1
         row_ids = np.zeros(num_rows, np.uint32)
         row_ids[: len(sources)] = indices
+        prefix = np.tile(np.array(self._prefix_ids(), np.int32), (num_rows, 1))
         generated = jax.device_get(
-            generate(self.model, self.parameters, tokens, segment_ids, row_ids, self.options, self.compute_dtype)
+            generate(
+                self.model, self.parameters, tokens, segment_ids, row_ids, self.options, self.compute_dtype, prefix
+            )
         )
         return [
-            Summary(self.tokenizer.decode(best[:length].tolist()), float(score), int(length))
-            for best, length, score, _ in zip(
-                generated.tokens[:, 0], generated.lengths[:, 0], generated.scores[:, 0], sources
-            )
+            self._read(*(array[row] for array in generated), index=index) for row, index in enumerate(indices.tolist())
         ]
+
+    def _read(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, index: int) -> list[Summary]:
+        """The different texts among the hypotheses of one row."""
+        candidates: dict[str, Summary] = {}
+        for ids, length, score in zip(tokens, lengths, scores):
+            if score > -np.inf:
+                text = self.tokenizer.decode(ids[:length].tolist())
+                candidates.setdefault(text, Summary(text, float(score), int(length)))
+        if not candidates:
+            raise UsageError(
+                f"text {index}: min_new_tokens={self.options.min_new_tokens} and no_repeat_ngram_size="
+                f"{self.options.no_repeat_ngram_size} leave no summary in a vocabulary of {self.model.vocab_size}; "
+                "loosen one of them"
+            )
+        return list(candidates.values())[: self.options.num_return]
 
 
 def load_summarizer(
@@ -103,6 +138,7 @@ def load_summarizer(
     *,
     max_source_tokens: int | None = None,
     batch_size: int = 16,
+    prefix: str = "",
 ) -> Summarizer:
     """The summarizer of a checkpoint folder that has been verified (`find_checkpoint`); reads parameters only.
 
@@ -111,8 +147,10 @@ def load_summarizer(
     Args:
         checkpoint: a checkpoint folder.
         options: default: greedy, as many tokens as the targets it was trained on.
-        max_source_tokens: default: as many as the sources it was trained on.
+        max_source_tokens: default: as many as the sources it was trained on. More is possible: the model has no
+            longest input, its relative positions are alike from `relative_attention_max_distance` on.
         batch_size: texts per batch.
+        prefix: what every summary begins with.
 
     Raises:
         ArtifactError: if the tokenizer in the folder is not the one the checkpoint was trained with.
@@ -130,9 +168,10 @@ def load_summarizer(
         parameters=jax.device_put(load_parameters(checkpoint), jax.local_devices()[0]),
         tokenizer=tokenizer,
         options=options or GenerationOptions(max_new_tokens=info.config.data.max_target_tokens),
-        max_source_tokens=max_source_tokens or info.config.data.max_source_tokens,
+        max_source_tokens=info.config.data.max_source_tokens if max_source_tokens is None else max_source_tokens,
         compute_dtype="float32" if on_cpu else info.compute_dtype,
         batch_size=batch_size,
+        prefix=prefix,
     )
 
 

@@ -6,7 +6,7 @@ hypotheses branch and die moves only their lists of ancestors, from which follow
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class CachedDecoder:
     @classmethod
     def over(cls, model: T5, encoded: jax.Array, source_mask: jax.Array) -> "CachedDecoder":
         """Project the keys and values of encoded sources [batch, source, embed]."""
-        layers = _unstack(model.decoder.layers, model)
+        layers = _unstack(model)
         crossed = [layer.cross_attention.project_keys_values(encoded) for layer in layers]
         keys, values = zip(*crossed)
         return cls(model, layers, keys, values, source_mask, model.head())
@@ -77,7 +77,7 @@ class CachedDecoder:
         )
 
     def step(self, cache: DecoderCache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, DecoderCache]:
-        """Read one token per hypothesis, int32 [batch, K], at one position → [batch, K, embed] and the cache with it."""
+        """Read one token per hypothesis at one position: int32 [batch, K] → [batch, K, embed] and the new cache."""
         num_rows, num_hypotheses, max_tokens = cache.ancestors.shape
         model, config = self.model, self.model.config
         own = jnp.broadcast_to(jnp.arange(num_hypotheses)[None, :, None], (num_rows, num_hypotheses, 1))
@@ -110,9 +110,9 @@ class CachedDecoder:
         return self.model.read_out(x, self.head)
 
 
-def _unstack(stacked: DecoderLayer, model: T5) -> tuple[DecoderLayer, ...]:
+def _unstack(model: T5) -> tuple[DecoderLayer, ...]:
     """The layers one by one; their matrices in the compute dtype, their gains as they are (norms are wide)."""
-    graph, state = nnx.split(stacked)
+    graph, state = nnx.split(cast(DecoderLayer, model.decoder.layers))
     flat = nnx.to_flat_state(state)
 
     def take(index: int) -> DecoderLayer:
