@@ -29,7 +29,7 @@ DTYPES: dict[int, np.dtype] = {
     19: np.dtype(np.float16),
 }
 """By the number in TensorFlow's DataType."""
-MAX_INDEX_BYTES = 1 << 28
+MAX_INDEX_BYTES = 1 << 24
 
 
 class _Entry(NamedTuple):

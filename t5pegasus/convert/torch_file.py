@@ -26,7 +26,7 @@ STORAGES: dict[str, np.dtype] = {
         "Long": np.int64, "Int": np.int32, "Short": np.int16, "Char": np.int8, "Byte": np.uint8, "Bool": np.bool_,
     }.items()
 }  # fmt: skip
-MAX_PICKLE_BYTES = 1 << 26
+MAX_PICKLE_BYTES = 1 << 24
 MAX_RANK = 32
 ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, OverflowError)
 """What Python's zipfile raises for archives that are damaged, encrypted or of a kind it does not know."""
