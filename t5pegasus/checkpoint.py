@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,8 @@ class CheckpointInfo:
     lineage: tuple[dict[str, Any], ...] = ()
     """One entry per growth: plan, its hash, the step, the source's fingerprint."""
     history: tuple[dict[str, Any], ...] = ()
-    """Held-out losses so far: {step, loss}."""
+    """Evaluations so far: {step, loss}; where a run keeps its best checkpoint also the score that decides, and `best`,
+    whether it was the best until then."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of checkpoint.json."""
@@ -248,8 +249,32 @@ def find_last_good(run_path: Path) -> Path | None:
     return None
 
 
+def best_steps(history: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The steps of a history that were the best until then; the last is the best of all."""
+    return tuple(entry["step"] for entry in history if entry.get("best"))
+
+
+def find_best(run_path: Path) -> Path | None:
+    """The checkpoint to use a run by: the best one if it keeps that (`train.keep_best`), else its last good one.
+
+    A best one that is damaged or gone is named in the log, and the one that was best before, or the last one, is taken.
+    """
+    last = find_last_good(run_path)
+    if last is None:
+        return None
+    for step in reversed(best_steps(load_checkpoint_info(last).history)):
+        path = run_path / "checkpoints" / str(step)
+        try:
+            verify_checkpoint(path)
+        except ArtifactError as error:
+            logger.warning("the best checkpoint of %s cannot be used: %s", run_path, error)
+        else:
+            return path
+    return last
+
+
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint a user means: this very folder, or the last good one of a run folder.
+    """The checkpoint a user means: this very folder, or the best or last good one of a run folder (`find_best`).
 
     Raises:
         ArtifactError: if there is none, or it is damaged.
@@ -257,7 +282,7 @@ def find_checkpoint(path: Path) -> Path:
     if (path / "checkpoint.json").is_file():
         verify_checkpoint(path)
         return path
-    found = find_last_good(path) if path.is_dir() else None
+    found = find_best(path) if path.is_dir() else None
     if found is None:
         raise ArtifactError(
             f"{path} is neither a checkpoint (a folder with checkpoint.json and {MANIFEST}) nor a run with one "
@@ -266,8 +291,10 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def remove_old_checkpoints(run_path: Path, saved: Path, keep: int) -> None:
+def remove_old_checkpoints(run_path: Path, saved: Path, keep: int, best: Sequence[int] = ()) -> None:
     """Delete all but `keep` checkpoints, counted back from the one just saved, and what killed processes left.
+
+    Those of the steps in `best` are kept, too.
 
     Those of later steps are damaged ones that the run went back behind: they do not count as kept.
     """
@@ -278,6 +305,8 @@ def remove_old_checkpoints(run_path: Path, saved: Path, keep: int) -> None:
         shutil.rmtree(leftover)
     reached = [path for path in list_checkpoints(run_path) if int(path.name) <= int(saved.name)]
     for path in reached[keep:]:
+        if int(path.name) in best:
+            continue
         shutil.rmtree(path.rename(_superseded(path)))
 
 

@@ -290,13 +290,25 @@ class TrainConfig(_JsonRoundTrip):
     evaluate_every_steps: int = 1000
     save_every_steps: int = 1000
     keep_checkpoints: int = 3
+    keep_best: str | None = None
+    """A score of the evaluations (loss, accuracy; in fine-tuning also rouge-l and the others of `t5pegasus evaluate`):
+    the checkpoint that is best at it is kept, and is the one meant by the run's name."""
+    patience: int = 0
+    """With keep_best: stop after so many evaluations without a better one; 0 never does."""
+    max_scored_pairs: int = 500
+    """Held-out pairs that summaries are written of when keep_best is a score of summaries, the first ones."""
 
     def __post_init__(self) -> None:
         for name in (
             "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps",
-            "save_every_steps", "keep_checkpoints",
+            "save_every_steps", "keep_checkpoints", "max_scored_pairs",
         ):  # fmt: skip
             _require(getattr(self, name) >= 1, f"train.{name}={getattr(self, name)} must be at least 1")
+        _require(
+            self.patience == 0 or (self.patience > 0 and self.keep_best is not None),
+            f"train.patience={self.patience} counts evaluations without a better score; it must not be negative, and "
+            f"keep_best={self.keep_best} must name the score, e.g. loss",
+        )
         _require(self.z_loss >= 0, f"train.z_loss={self.z_loss} must not be negative")
         for name in ("label_smoothing", "decoder_noise_rate", "ema_decay"):
             _require(0 <= getattr(self, name) < 1, f"train.{name}={getattr(self, name)} must lie in [0, 1)")

@@ -4,10 +4,11 @@ import dataclasses
 import math
 import shlex
 from pathlib import Path
-from typing import cast
+from typing import Annotated, cast
 
 import tyro
 
+from launch.validation import make_scorer
 from launch.verbs.pretrain import report_result
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
@@ -25,6 +26,11 @@ class TrainFlags(TrainConfig):
     evaluate_every_steps: int = 200
     save_every_steps: int = 200
     keep_checkpoints: int = 2
+    keep_best: Annotated[str | None, tyro.conf.arg(aliases=["--keep-best"])] = None
+    """Score of the held-out pairs (loss, accuracy, rouge-l or another one of `t5pegasus evaluate`) whose best
+    checkpoint is kept beside the last ones; the run's name then means that one."""
+    patience: Annotated[int, tyro.conf.arg(aliases=["--patience"])] = 0
+    """With keep_best: stop after so many evaluations without a better one; 0 never does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +40,12 @@ class Finetune:
     For example: t5pegasus finetune runs/tiny --train-path train.jsonl --heldout-path dev.jsonl --run-path runs/title
 
     The pairs become example shards in the run folder, with the checkpoint's own tokenizer. The same command again
-    continues where the run stopped, or finds it finished.
+    continues where the run stopped, or finds it finished. Sources may be longer than in pretraining
+    (--data.max-source-tokens 1024): relative positions have no limit.
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint folder, or a run whose last good one is meant."""
+    """Checkpoint folder, or a run whose best or last good one is meant."""
     run_path: Path
     """Folder of this run."""
     train_path: Path | None = None
@@ -46,7 +53,7 @@ class Finetune:
     examples_path: Path | None = None
     """Instead of --train-path: examples of pairs, from `t5pegasus build --kind pairs`."""
     heldout_path: Path | None = None
-    """Pairs for the held-out loss."""
+    """Pairs for the held-out loss and scores."""
     epochs: float = 5.0
     """Passes over the pairs; decides the number of updates."""
     dropout_rate: float | None = None
@@ -86,7 +93,8 @@ def main(argv: list[str]) -> None:
     train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     paths = RunPaths(args.run_path, examples_path, heldout_path, source)
-    checkpoint = train_run(config, paths, keep_state=False)
+    scorer = make_scorer(config, source / "tokenizer", args.heldout_path)
+    checkpoint = train_run(config, paths, keep_state=False, scorer=scorer)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]
     report_result(checkpoint, args.run_path, shlex.join(["t5pegasus", "evaluate", str(args.run_path), *pairs]))
 

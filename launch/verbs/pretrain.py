@@ -25,6 +25,14 @@ class ModelFlags(ModelConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainFlags(TrainConfig):
+    """How long to train, in what portions, and what to keep."""
+
+    # Pretraining writes no summaries, so no flag.
+    max_scored_pairs: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = TrainConfig.max_scored_pairs
+
+
+@dataclasses.dataclass(frozen=True)
 class Pretrain:
     """Train a model on examples. The same command again continues where the run stopped, or finds it finished.
 
@@ -51,7 +59,7 @@ class Pretrain:
     model: ModelFlags = dataclasses.field(default_factory=ModelFlags)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: TrainFlags = dataclasses.field(default_factory=TrainFlags)
 
 
 def main(argv: list[str]) -> None:
@@ -68,7 +76,8 @@ def main(argv: list[str]) -> None:
     with ExampleShards(args.examples_path) as shards:
         manifest = shards.manifest
     model = ModelConfig(**dataclasses.asdict(args.model))
-    config = RunConfig(model, args.data, args.optimizer, args.mesh, args.train)
+    train = TrainConfig(**dataclasses.asdict(args.train))
+    config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     if args.start_from is None:
         config = fit_to_examples(config, manifest)
     paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
@@ -82,14 +91,18 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
     """Print the checkpoint, its held-out losses and what to do next, once per job."""
     import jax
 
-    from t5pegasus.checkpoint import load_checkpoint_info
+    from t5pegasus.checkpoint import best_steps, find_last_good, load_checkpoint_info
 
     if jax.process_index() != 0:
         return
-    history = load_checkpoint_info(checkpoint).history
-    if history:
-        losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in history[-3:])
+    info = load_checkpoint_info(find_last_good(run_path) or checkpoint)
+    if info.history:
+        losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in info.history[-3:])
         print(f"held-out loss: {losses}")
+    score = info.config.train.keep_best
+    for entry in info.history:
+        if score is not None and entry.get("best") and entry["step"] == best_steps(info.history)[-1]:
+            print(f"best {score}: {entry[score]:.4f} at step {entry['step']}; the run's name means this checkpoint")
     print(f"checkpoint: {checkpoint}")
     print(f"next: {next_command}   or: t5pegasus report {shlex.quote(str(run_path))}")
 
@@ -111,6 +124,7 @@ def _defaults(argv: list[str]) -> dict[str, Any]:
 def _flags(config: RunConfig, paths: dict[str, Path]) -> Pretrain:
     fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields["model"] = ModelFlags(**dataclasses.asdict(config.model))
+    fields["train"] = TrainFlags(**dataclasses.asdict(config.train))
     missing = dict.fromkeys(("examples_path", "run_path"), tyro.MISSING)
     return Pretrain(**{**missing, **paths, **fields})
 

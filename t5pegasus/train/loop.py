@@ -1,24 +1,23 @@
 """The one training loop: pretraining, continuing after growth and fine-tuning are runs of it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.progress import Progress
+from t5pegasus.train.early_stopping import History, has_stopped, judge
 from t5pegasus.train.metrics import Meter, MetricsWriter
 from t5pegasus.train.state import TrainState
-
-History = tuple[dict[str, Any], ...]
 
 
 class Hooks(NamedTuple):
     """What the loop calls but does not know: they bring data, held-out losses and disks."""
 
     evaluate: Callable[[TrainState], dict[str, float]] | None
-    """State → {loss, accuracy} on held-out text; None where there is none."""
+    """State → {loss, accuracy, perhaps more scores} on held-out text; None where there is none."""
     save: Callable[[TrainState, History], None]
     """Write a checkpoint."""
 
@@ -32,18 +31,21 @@ def run(
     metrics: MetricsWriter,
     history: History = (),
 ) -> tuple[TrainState, History]:
-    """Train until the state has made `config.train.steps` updates.
+    """Train until the state has made `config.train.steps` updates, or `config.train.patience` runs out.
+
+    A checkpoint is saved at its intervals, at the end, and after each evaluation that is the best so far, if
+    `config.train.keep_best` names what to be best at.
 
     The numbers of update n are read after update n + 1 is on its way, so the device does not wait for the host.
 
     Args:
         state: where to begin; it is consumed.
-        train_step: the jitted update.
+        train_step: the compiled update.
         batches: of the rows from `state.rows` on, already on the devices.
         config: steps, and the intervals of logging, evaluating and saving.
         hooks: evaluation and saving.
         metrics: receives a `train` record per logging interval and a `heldout` record per evaluation.
-        history: held-out losses so far.
+        history: evaluations so far.
 
     Returns:
         The final state and the history.
@@ -86,7 +88,11 @@ def run(
                 if evaluates and hooks.evaluate:
                     heldout = hooks.evaluate(state)
                     metrics.write("heldout", step, **heldout)
-                    history = (*history, {"step": step, "loss": heldout["loss"]})
-                if saves:
+                    history = (*history, judge(train, step, heldout, history))
+                    saves |= history[-1].get("best", False)
+                stops = has_stopped(train, history)
+                if saves or stops:
                     hooks.save(state, history)
+            if stops:
+                break
     return state, history

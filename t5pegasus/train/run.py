@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +14,25 @@ from jax.sharding import Mesh
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import (
     CheckpointInfo,
+    best_steps,
     find_checkpoint,
     finish_saves,
     remove_old_checkpoints,
     save_checkpoint,
 )
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
-from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
-from t5pegasus.errors import UsageError
+from t5pegasus.data.loader import PackedRows, load_batches
+from t5pegasus.errors import UsageError, reading
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
-from t5pegasus.train.loop import History, Hooks, run
+from t5pegasus.train.early_stopping import History, forget_best, has_stopped, plain_entry
+from t5pegasus.train.estimate import prepare_step
+from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
+from t5pegasus.train.loop import Hooks, run
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import find_origin
-from t5pegasus.train.state import TrainState, evaluated_parameters, state_to_arrays
-from t5pegasus.train.step import make_heldout_loss, make_train_step, resolve_compute_dtype
+from t5pegasus.train.state import TrainState, state_to_arrays
+from t5pegasus.train.step import make_train_step, resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +40,11 @@ FREE_ON_RESUME = {
     "mesh": ("data", "fsdp", "tensor"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
-        "keep_checkpoints", "compute_dtype",
+        "keep_checkpoints", "patience", "compute_dtype",
     ),
 }  # fmt: skip
 """What may change when a run continues: the data position counts rows, so batch size is among them; a compute
-dtype only if it is named (`find_origin`)."""
+dtype only if it is named (`find_origin`), and a run that stopped early may be given more patience."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +63,15 @@ class RunPaths:
         return {field: None if value is None else str(value) for field, value in dataclasses.asdict(self).items()}
 
 
-def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, reset_rows: bool = False) -> Path:
-    """Train in a run folder until `config.train.steps`; called again, it continues, or finds it finished.
+def train_run(
+    config: RunConfig,
+    paths: RunPaths,
+    *,
+    keep_state: bool = True,
+    reset_rows: bool = False,
+    scorer: Scorer | None = None,
+) -> Path:
+    """Train in a run folder to the end; called again, it continues, or finds it finished.
 
     Args:
         config: the whole config; its model's vocabulary and token ids must be the tokenizer's (`fit_to_examples`).
@@ -68,9 +79,10 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
         keep_state: with `start_from`, continue its optimizer, step and data position (pretraining after growth);
             False takes its parameters only (fine-tuning).
         reset_rows: with `start_from` and other examples than it was trained on, begin at their first row.
+        scorer: gives further scores at each evaluation, for `config.train.keep_best` to choose by.
 
     Returns:
-        The folder of the last checkpoint.
+        The folder of the best checkpoint where `config.train.keep_best` says what that is, else of the last one.
 
     Raises:
         UsageError: if the config contradicts the run folder, the checkpoint, the examples or the devices.
@@ -89,6 +101,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
         shards = rows.shards
         _check_tokenizer(config, shards.manifest, paths.examples_path)
         heldout_rows = _open_heldout(paths, config, shards.manifest, stack)
+        check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
         origin = find_origin(
             config,
             paths.run_path,
@@ -104,11 +117,14 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
                 f"checkpoint {paths.start_from} is at step {step}, train.steps={config.train.steps} leaves nothing to "
                 "do; steps are counted from the beginning of training: give --train.steps a larger number"
             )
-        if step >= config.train.steps:
-            logger.info("%s: finished, at step %d of %d", paths.run_path, step, config.train.steps)
+        stopped = origin.resumed and has_stopped(config.train, origin.history)
+        if step >= config.train.steps or stopped:
+            why = f", stopped early by train.patience={config.train.patience}" if stopped else ""
+            logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, config.train.steps, why)
             return find_checkpoint(paths.run_path)
         if origin.resumed and record is not None:
             paths = _keep_start(paths, record[1]["start_from"])
+        update, memory = prepare_step(config, mesh, train_step, step)
         _settle_run_folder(config, paths, resumed=origin.resumed)
 
         def save(state: TrainState, history: History) -> None:
@@ -124,7 +140,7 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
                 history=history,
             )
             save_checkpoint(path, state_to_arrays(state), info, paths.run_path / "tokenizer")
-            remove_old_checkpoints(paths.run_path, path, config.train.keep_checkpoints)
+            remove_old_checkpoints(paths.run_path, path, config.train.keep_checkpoints, best_steps(history)[-1:])
 
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, origin.rows)))
         metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step if origin.resumed else -1))
@@ -132,15 +148,16 @@ def train_run(config: RunConfig, paths: RunPaths, *, keep_state: bool = True, re
         metrics.write(
             "start", step, config=config.to_json(), num_parameters=count_parameters(config.model),
             mesh=dict(mesh.shape), num_devices=jax.device_count(), device=jax.devices()[0].device_kind,
-            peak_flops_per_device=peak, peak_source=peak_source, compute_dtype=compute_dtype, **paths.to_json(),
+            peak_flops_per_device=peak, peak_source=peak_source, compute_dtype=compute_dtype,
+            **dataclasses.asdict(memory), **paths.to_json(),
         )  # fmt: skip
-        evaluate = None if heldout_rows is None else _make_evaluate(heldout_rows, config, mesh)
-        state, history = origin.load(), origin.history
+        evaluate = None if heldout_rows is None else make_evaluate(heldout_rows, config, mesh, scorer)
+        state, history = origin.load(), origin.history if origin.resumed else forget_best(origin.history)
         if evaluate is not None and not origin.resumed:  # after growth too: the loss right behind the seam
             first = evaluate(state)
             metrics.write("heldout", step, **first)
-            history = (*history, {"step": step, "loss": first["loss"]})
-        run(state, train_step, batches, config, Hooks(evaluate, save), metrics, history)
+            history = (*history, plain_entry(config.train, step, first))
+        run(state, update, batches, config, Hooks(evaluate, save), metrics, history)
     return find_checkpoint(paths.run_path)
 
 
@@ -163,8 +180,9 @@ def load_run_record(run_path: Path) -> tuple[RunConfig, dict[str, str | None]] |
         return None
     record = read_json(record_path)
     check_schema(record, record_path)
-    paths = {name: record[name] for name in ("examples_path", "heldout_path", "start_from")}
-    return RunConfig.from_json(record["config"]), paths
+    with reading(record_path):
+        paths = {name: record[name] for name in ("examples_path", "heldout_path", "start_from")}
+        return RunConfig.from_json(record["config"]), paths
 
 
 def _settle_run_folder(config: RunConfig, paths: RunPaths, *, resumed: bool) -> None:
@@ -229,12 +247,6 @@ def _open_heldout(
             "build both with the same --tokenizer-path"
         )
     return rows
-
-
-def _make_evaluate(rows: PackedRows, config: RunConfig, mesh: Mesh) -> Callable[[TrainState], dict[str, float]]:
-    heldout_loss = make_heldout_loss(config, mesh)
-    batch_size = config.train.batch_size // config.train.accumulation_steps
-    return lambda state: heldout_loss(evaluated_parameters(state), load_epoch(rows, batch_size))
 
 
 def _open_rows(examples_path: Path, config: RunConfig) -> PackedRows:

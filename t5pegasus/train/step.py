@@ -30,7 +30,7 @@ def resolve_compute_dtype(config: RunConfig) -> Any:
     return jnp.dtype(name)
 
 
-def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+def make_train_step(config: RunConfig, mesh: Mesh) -> "OnMesh":
     """The jitted update (state, batch) → (state, metrics); the state it is given is consumed (donated).
 
     Raises:
@@ -40,7 +40,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> Callable[[TrainState, Batc
     specs = declare_parameters(config.model)
     update = pure_train_step(config, specs, resolve_compute_dtype(config))
     shardings = state_shardings(specs, mesh, with_ema=config.train.ema_decay > 0)
-    return _under(
+    return OnMesh(
         mesh,
         jax.jit(
             update,
@@ -121,7 +121,7 @@ def make_heldout_loss(
         logits = bind(config.model, parameters, compute_dtype)(batch)
         return sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
 
-    jitted = _under(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
+    jitted = OnMesh(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
 
     def heldout_loss(parameters: dict[str, jax.Array], batches: Iterable[Batch]) -> dict[str, float]:
         total = np.zeros(4)
@@ -135,11 +135,18 @@ def make_heldout_loss(
     return heldout_loss
 
 
-def _under(mesh: Mesh, function: Callable) -> Callable:
-    """Run a jitted function with the mesh in context, so that activations can be constrained by axis names."""
+class OnMesh:
+    """A jitted function with the mesh in context, so that activations can be constrained by axis names."""
 
-    def call(*args: Any) -> Any:
-        with jax.set_mesh(mesh):
-            return function(*args)
+    def __init__(self, mesh: Mesh, jitted: Any):
+        self.mesh, self.jitted = mesh, jitted
 
-    return call
+    def __call__(self, *args: Any) -> Any:
+        """Run it."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def compile(self, *args: Any) -> jax.stages.Compiled:
+        """The program for arguments of these shapes, types and shardings, to be called instead."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args).compile()

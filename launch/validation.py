@@ -1,0 +1,77 @@
+"""Scores of the summaries that a model writes for held-out pairs while it is being trained."""
+
+import difflib
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t5pegasus.config import RunConfig
+from t5pegasus.errors import UsageError
+
+if TYPE_CHECKING:
+    from t5pegasus.train.evaluation import Scorer
+
+_BATCH_SIZE = 32
+
+
+def make_scorer(config: RunConfig, tokenizer_path: Path, pairs_path: Path | None) -> "Scorer | None":
+    """What `config.train.keep_best` asks for, if it is a score of summaries; None if a loss will do.
+
+    The summaries are written greedily, as long as the targets of training, of the first `max_scored_pairs` pairs.
+
+    Args:
+        config: of the run.
+        tokenizer_path: of the checkpoint that is trained.
+        pairs_path: held-out pairs; read once.
+
+    Raises:
+        UsageError: if there is no such score, or there are no pairs.
+    """
+    from t5pegasus.evaluate import DEFINITIONS
+    from t5pegasus.train.evaluation import LOSSES
+
+    name = config.train.keep_best
+    if name is None or name in LOSSES:
+        return None
+    if name not in DEFINITIONS:
+        known = [*LOSSES, *DEFINITIONS]
+        near = difflib.get_close_matches(name, known, n=1)
+        way_out = f"perhaps you meant {near[0]!r}" if near else f"choose one of {', '.join(known)}"
+        raise UsageError(f"train.keep_best={name!r} is no score; {way_out}")
+    if pairs_path is None:
+        raise UsageError(f"train.keep_best={name!r} scores summaries of held-out pairs; give --heldout-path PAIRS")
+    return score_summaries_of(config, tokenizer_path, pairs_path, config.train.max_scored_pairs)
+
+
+def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path, max_pairs: int) -> "Scorer":
+    """A scorer of greedy summaries of the first pairs of a file."""
+    from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
+    from t5pegasus.evaluate import DEFINITIONS, score_pairs
+    from t5pegasus.evaluate.pairs import clean_pairs
+    from t5pegasus.generate.options import GenerationOptions
+    from t5pegasus.generate.summarize import Summarizer
+    from t5pegasus.text.tokenizer import load_tokenizer
+    from t5pegasus.train.evaluation import Scorer
+    from t5pegasus.train.step import resolve_compute_dtype
+
+    dropped: Counter[str] = Counter()
+    documents = read_pairs(check_pair_paths([pairs_path]), dropped)
+    pairs = clean_pairs(itertools.islice(documents, max_pairs), dropped)
+    sources, references = [pair.source for pair in pairs], [pair.reference for pair in pairs]
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    def score(parameters: Mapping[str, Any]) -> dict[str, float]:
+        summarizer = Summarizer(
+            model=config.model,
+            parameters=parameters,
+            tokenizer=tokenizer,
+            options=GenerationOptions(config.data.max_target_tokens),
+            max_source_tokens=config.data.max_source_tokens,
+            compute_dtype=str(resolve_compute_dtype(config)),
+            batch_size=_BATCH_SIZE,
+        )
+        return score_pairs(references, [summary.text for summary in summarizer.summarize(sources)])
+
+    return Scorer(tuple(DEFINITIONS), score)

@@ -1,0 +1,79 @@
+"""What a run evaluates while it trains: held-out loss by teacher forcing, and scores it is given a function for."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from t5pegasus.config import RunConfig
+from t5pegasus.data.loader import PackedRows, load_epoch
+from t5pegasus.errors import UsageError
+from t5pegasus.train.state import TrainState, evaluated_parameters
+from t5pegasus.train.step import make_heldout_loss
+
+LOSSES = ("loss", "accuracy")
+"""What is known without writing summaries."""
+
+
+class Scorer(NamedTuple):
+    """Further scores of parameters, such as ROUGE of the summaries they write."""
+
+    names: tuple[str, ...]
+    score: Callable[[Mapping[str, Any]], dict[str, float]]
+    """Parameters by dotted name, whole on this process's first device → each of `names`."""
+
+
+def make_evaluate(
+    rows: PackedRows, config: RunConfig, mesh: Mesh, scorer: Scorer | None
+) -> Callable[[TrainState], dict[str, float]]:
+    """A function state → held-out loss and accuracy, and the scores, of the weights that users will take."""
+    heldout_loss = make_heldout_loss(config, mesh)
+    batch_size = config.train.batch_size // config.train.accumulation_steps
+
+    def evaluate(state: TrainState) -> dict[str, float]:
+        parameters = evaluated_parameters(state)
+        losses = heldout_loss(parameters, load_epoch(rows, batch_size))
+        if scorer is None:
+            return losses
+        scores = scorer.score(_on_one_device(parameters, mesh))
+        return losses | dict(zip(scorer.names, _agree([scores[name] for name in scorer.names])))
+
+    return evaluate
+
+
+def check_keep_best(config: RunConfig, scorer: Scorer | None, *, has_heldout: bool) -> None:
+    """Refuse a `train.keep_best` that this run will not know.
+
+    Raises:
+        UsageError: naming what it will know.
+    """
+    wanted = config.train.keep_best
+    known = LOSSES + (scorer.names if scorer else ())
+    if wanted is None:
+        return
+    if not has_heldout:
+        raise UsageError(f"train.keep_best={wanted!r} needs held-out examples; give --heldout-path")
+    if wanted not in known:
+        raise UsageError(
+            f"train.keep_best={wanted!r} is not evaluated in this run; choose one of {', '.join(known)}; "
+            "scores of summaries are for finetune"
+        )
+
+
+def _on_one_device(parameters: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+    """Whole copies, where each process generates for itself; they are gone after the evaluation."""
+    if mesh.size == 1:
+        return dict(parameters)
+    replicate = jax.jit(dict, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return {name: array.addressable_data(0) for name, array in replicate(parameters).items()}
+
+
+def _agree(values: list[float]) -> list[float]:
+    """Process 0's values: all must stop, or save, at the same step, even if their last bits differ."""
+    if jax.process_count() == 1:
+        return values
+    bits = np.array(values, np.float64).view(np.uint32)  # float64 would lose bits on its way over the devices
+    return np.asarray(multihost_utils.broadcast_one_to_all(bits)).view(np.float64).tolist()
