@@ -39,6 +39,7 @@ VERBS = {
     "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True),
     "grow": Verb("turn a checkpoint into a larger one that computes the same"),
     "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True),
+    "few-shot": Verb("fine-tune on 10, 100, 1,000 pairs under several seeds, as a table"),
     "summarize": Verb("write summaries of documents"),
     "evaluate": Verb("held-out loss, ROUGE and BLEU of a checkpoint or of given summaries"),
     "convert": Verb("exchange checkpoints with other formats"),

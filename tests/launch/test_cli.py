@@ -15,6 +15,7 @@ FLOW = [
     "pretrain",
     "grow",
     "finetune",
+    "few-shot",
     "summarize",
     "evaluate",
     "convert",
