@@ -1,6 +1,7 @@
 """The `t5pegasus` command: a table of verbs in the order of the flow, each imported when it is chosen."""
 
 import difflib
+import errno
 import importlib
 import logging
 import os
@@ -13,6 +14,16 @@ from t5pegasus import __doc__ as PROJECT_IN_ONE_SENTENCE
 from t5pegasus import __version__
 from t5pegasus.errors import T5PegasusError, UsageError
 
+_FREE_SPACE = "free some space or choose another disk, then give the same command again"
+_MAY_WRITE = "choose a folder you may write to, or change its permissions"
+_WAYS_OUT = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EFBIG: _FREE_SPACE,
+    errno.EACCES: _MAY_WRITE,
+    errno.EPERM: _MAY_WRITE,
+    errno.EROFS: _MAY_WRITE,
+}
 EXIT_BUG = 1
 EXIT_DISK = 46
 EXIT_INTERRUPTED = 128 + 2
@@ -147,6 +158,8 @@ def _report(error: BaseException, speaker: str) -> int:
 def _describe(error: OSError) -> str:
     paths = [str(path) for path in (error.filename, error.filename2) if path is not None]
     reason = error.strerror or str(error) or type(error).__name__
+    if error.errno in _WAYS_OUT:
+        reason += f"; {_WAYS_OUT[error.errno]}"
     return f"{' -> '.join(paths)}: {reason}" if paths else reason
 
 

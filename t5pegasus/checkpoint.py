@@ -9,27 +9,22 @@ import contextlib
 import dataclasses
 import hashlib
 import logging
-import os
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from t5pegasus.arrays import load_arrays, save_arrays
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
 from t5pegasus.errors import ArtifactError, reading
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-
-# Orbax warns at every save that there is no OCDBT to merge, although it was told to write none.
-logging.getLogger("absl").addFilter(lambda record: "Skipping merge of OCDBT" not in record.getMessage())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +82,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     _synchronise(f"begin {path}")
-    with (
-        _disk_errors_by_type(path),
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as writer,
-    ):
-        writer.save(unfinished.absolute() / "arrays", args=ocp.args.PyTreeSave(dict(arrays)))
+    save_arrays(unfinished, arrays)
     if first:
         shutil.copytree(tokenizer_path, unfinished / "tokenizer")
         write_json(unfinished / "checkpoint.json", info.to_json())
@@ -145,7 +136,6 @@ def _compare_files(path: Path, manifest: dict[str, Any]) -> None:
                 f"checkpoint {path}: file {name} is damaged: {got['bytes']} bytes sha256 {got['sha256'][:12]}…, "
                 f"the manifest says {wanted['bytes']} bytes sha256 {wanted['sha256'][:12]}…; use another step"
             )
-    return manifest
 
 
 def load_checkpoint_info(path: Path) -> CheckpointInfo:
@@ -154,37 +144,6 @@ def load_checkpoint_info(path: Path) -> CheckpointInfo:
     check_schema(value, path / "checkpoint.json")
     with reading(path / "checkpoint.json"):
         return CheckpointInfo.from_json(value)
-
-
-def load_arrays(
-    path: Path,
-    prefixes: tuple[str, ...] = ("",),
-    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
-) -> dict[str, Any]:
-    """The arrays whose names begin with one of the prefixes; other ones are not read.
-
-    Args:
-        path: a checkpoint folder, verified by the caller (`find_checkpoint` does).
-        prefixes: e.g. ("parameters.",) for inference.
-        shardings: by name, where each array shall lie, on any mesh, others not being read; None gives NumPy arrays.
-
-    Raises:
-        ArtifactError: if a name in `shardings` is not in the checkpoint.
-    """
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as reader:
-        stored = reader.metadata(path.absolute() / "arrays").item_metadata.tree
-        names = [name for name in stored if name.startswith(prefixes) and (shardings is None or name in shardings)]
-        if shardings is not None and (absent := sorted(shardings.keys() - stored.keys())):
-            raise ArtifactError(f"checkpoint {path} has no array {absent[0]} ({len(absent)} missing)")
-        restore_args = {
-            name: ocp.RestoreArgs(restore_type=np.ndarray)
-            if shardings is None
-            else ocp.ArrayRestoreArgs(sharding=shardings[name], strict=True)
-            for name in names
-        }
-        item = {name: stored[name] for name in names}
-        restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        return reader.restore(path.absolute() / "arrays", args=restore)
 
 
 def load_parameters(
@@ -321,18 +280,6 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
 
 def _superseded(path: Path) -> Path:
     return path.with_name(path.name + ".superseded")
-
-
-@contextlib.contextmanager
-def _disk_errors_by_type(path: Path) -> Iterator[None]:
-    """Turn TensorStore's ValueError for a full or failing disk into the OSError it is."""
-    try:
-        yield
-    except ValueError as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def _describe_files(folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from t5pegasus.config import RunConfig
-from t5pegasus.errors import DivergedError
+from t5pegasus.errors import DivergedError, writing
 from t5pegasus.model.flops import training_flops_per_row
 
 logger = logging.getLogger(__name__)
@@ -129,8 +129,6 @@ class MetricsWriter:
     """
 
     def __init__(self, run_path: Path, from_step: int):
-        from tensorboardX import SummaryWriter
-
         self.path = run_path / "metrics.jsonl"
         self.writes = jax.process_index() == 0
         if not self.writes:
@@ -140,29 +138,64 @@ class MetricsWriter:
         temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         temporary.replace(self.path)
         self.file = self.path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(run_path / "tensorboard"), purge_step=from_step + 1)
+        self.tensorboard = _EventFile(run_path / "tensorboard", purge_step=from_step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Write one record {kind, step, …}; its float values also go to TensorBoard as kind/name."""
         if not self.writes:
             return
-        self.file.write(_line({"kind": kind, "step": step, **values}))
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, float):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self.path):
+            self.file.write(_line({"kind": kind, "step": step, **values}))
+            self.file.flush()
+        self.tensorboard.write(
+            step, {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        )
 
     def close(self) -> None:
-        """Flush and close both files."""
+        """Close both files; every record was flushed when it was written."""
         if self.writes:
-            self.file.close()
-            self.tensorboard.close()
+            with contextlib.closing(self.tensorboard), writing(self.path):
+                self.file.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _EventFile:
+    """TensorBoard's events, written in this thread: a disk that is full is noticed where the record is written.
+
+    tensorboardX's SummaryWriter writes them in a thread of its own, and waits for ever once that has failed.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
+
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        with writing(folder):
+            self._writer = EventsWriter(str(folder / "events"))
+        self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        from tensorboardX.summary import scalar
+
+        for tag, value in scalars.items():
+            self._write(step=step, summary=scalar(tag, value))
+
+    def close(self) -> None:
+        with writing(self._folder):
+            self._writer.close()
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        with writing(self._folder):
+            self._writer.write_event(Event(wall_time=time.time(), **fields))
+            self._writer.flush()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
