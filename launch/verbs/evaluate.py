@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
+from launch.generation import Generation, GenerationFlags
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluate:
@@ -23,24 +25,19 @@ class Evaluate:
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Checkpoint folder, or a run whose last good one is meant."""
-    summaries: Path | None = None
-    """Score these instead: JSON lines {"summary": …} or lines of text in the order of the pairs, or with their "id"."""
     pairs_path: Path
     """Pairs: jsonl {text, summary} or lines title<TAB>text (.jsonl, .tsv, .gz and .zst of them)."""
+    summaries: Path | None = None
+    """Score these instead: JSON lines {"summary": …} or lines of text in the order of the pairs, or with their "id"."""
     max_examples: int | None = None
     """Use only so many pairs, the first ones."""
-    num_beams: int = 1
-    """Hypotheses of beam search; 1 takes the likeliest token at each step."""
-    length_penalty: float = 1.0
-    """Beam scores are Σ log p / length ** length_penalty; more gives longer summaries."""
-    max_new_tokens: int | None = None
-    """Tokens of a summary at most; as many as the checkpoint was trained on."""
-    batch_size: int = 16
-    """Texts per batch."""
     num_resamples: int = 1000
     """Of the pairs, for the bootstrap intervals."""
     output_path: Path | None = None
     """Folder for the two files; the run the checkpoint belongs to, else CHECKPOINT.scores (SUMMARIES.scores) beside."""
+
+    generation: Generation = dataclasses.field(default_factory=GenerationFlags)
+    """How the checkpoint writes them; with --num-return above 1 the best of so many candidates is scored, too."""
 
     def __post_init__(self) -> None:
         from t5pegasus.errors import UsageError
@@ -80,11 +77,15 @@ def evaluate(args: Evaluate) -> Path:
         scores, records = evaluate_summaries(args.summaries, list(documents), dropped, args.max_examples, **given)
         folder = args.summaries.with_name(f"{args.summaries.name}.scores")
     else:
+        assert args.checkpoint is not None
         from launch.processes import init_distributed
-        from t5pegasus.evaluate.checkpoint import evaluate_checkpoint
 
         init_distributed()
-        checkpoint, summarizer = _load(args)
+        from t5pegasus.checkpoint import find_checkpoint
+        from t5pegasus.evaluate.checkpoint import evaluate_checkpoint
+
+        checkpoint = find_checkpoint(args.checkpoint)
+        summarizer = args.generation.load_summarizer(checkpoint)
         first_documents = itertools.islice(documents, args.max_examples)
         scores, records = evaluate_checkpoint(checkpoint, summarizer, first_documents, dropped, **given)
         folder = find_output_folder(checkpoint)
@@ -92,20 +93,6 @@ def evaluate(args: Evaluate) -> Path:
     save_evaluation(folder, scores, records)
     print(format_scores(scores))
     return folder
-
-
-def _load(args: Evaluate) -> tuple[Path, Any]:
-    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
-    from t5pegasus.generate.options import GenerationOptions
-    from t5pegasus.generate.summarize import load_summarizer
-
-    assert args.checkpoint is not None
-    checkpoint = find_checkpoint(args.checkpoint)
-    limit = args.max_new_tokens
-    if limit is None:
-        limit = load_checkpoint_info(checkpoint).config.data.max_target_tokens
-    options = GenerationOptions(limit, num_beams=args.num_beams, length_penalty=args.length_penalty)
-    return checkpoint, load_summarizer(checkpoint, options, batch_size=args.batch_size)
 
 
 def find_output_folder(checkpoint: Path) -> Path:

@@ -6,9 +6,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
+
+from launch.generation import Generation, GenerationFlags
 
 _PORTION_BATCHES = 16
 
@@ -28,36 +30,8 @@ class Summarize:
     """Checkpoint folder, or a run whose last good one is meant."""
     input: Path = Path("-")
     """File of documents (also .gz, .zst), or - for stdin."""
-    num_beams: int = 1
-    """Hypotheses of beam search; 1 takes the likeliest token at each step."""
-    finalisation: Literal["exact", "huggingface", "huggingface-early", "huggingface-never", "bert4keras"] = "exact"
-    """How beam search ends: exact when nothing can become better any more; or as in transformers with early_stopping
-    False (huggingface), True (-early) or "never" (-never); or as in bert4keras, when the best hypothesis ends."""
-    length_penalty: float = 1.0
-    """Scores are Σ log p / length ** length_penalty; in beam search more gives longer summaries."""
-    max_new_tokens: int | None = None
-    """Tokens of a summary at most; as many as the checkpoint was trained on."""
-    min_new_tokens: int = 0
-    """Tokens of a summary at least, the end token not counted."""
-    no_repeat_ngram_size: int = 0
-    """No sequence of so many tokens comes twice in a summary; 0 allows all."""
-    prefix: str = ""
-    """What every summary begins with."""
-    temperature: float = 0.0
-    """Above 0, tokens are drawn from softmax(logits / temperature)."""
-    top_k: int = 0
-    """Draw among the k likeliest tokens; 0 means all."""
-    top_p: float = 1.0
-    """Draw among the likeliest tokens that have this probability together."""
-    seed: int = 0
-    """Of the drawing."""
-    num_return: int = 1
-    """Summaries of a document: the best of num_beams hypotheses, or as many drawn ones."""
-    max_source_tokens: int | None = None
-    """Tokens of a document that are read, the rest is cut off; as many as the checkpoint was trained on. More is
-    possible (T5 has no longest input), but the model has not learned from such."""
-    batch_size: int = 16
-    """Texts per batch."""
+    generation: Generation = dataclasses.field(default_factory=GenerationFlags)
+    """How the summaries are written."""
 
 
 def main(argv: list[str]) -> None:
@@ -67,44 +41,22 @@ def main(argv: list[str]) -> None:
 
     init_distributed()
     from t5pegasus.checkpoint import find_checkpoint
-    from t5pegasus.generate.summarize import load_summarizer
     from t5pegasus.progress import Progress
 
-    checkpoint = find_checkpoint(args.checkpoint)
-    options = _choose_options(args, checkpoint)
-    summarizer = load_summarizer(
-        checkpoint,
-        options,
-        max_source_tokens=args.max_source_tokens,
-        batch_size=args.batch_size,
-        prefix=args.prefix,
-    )
+    summarizer = args.generation.load_summarizer(find_checkpoint(args.checkpoint))
     from_stdin = args.input == Path("-")
-    portion = args.batch_size * (1 if from_stdin else _PORTION_BATCHES)
+    portion = summarizer.batch_size * (1 if from_stdin else _PORTION_BATCHES)
     with Progress("summarize", unit="texts") as progress:
         for records in _portions(_read_records(args.input), portion):
             texts = [record["text"] for record in records]
             for record, summaries in zip(records, summarizer.summarize_n_best(texts, first_index=progress.done)):
                 answer = {"id": record["id"]} if "id" in record else {}
                 answer["summary"] = summaries[0].text
-                if options.num_return > 1:
+                if summarizer.options.num_return > 1:
                     answer["candidates"] = [{"summary": found.text, "score": found.score} for found in summaries]
                 print(json.dumps(answer, ensure_ascii=False))
             sys.stdout.flush()
             progress.advance(len(records))
-
-
-def _choose_options(args: Summarize, checkpoint: Path) -> Any:
-    from t5pegasus.checkpoint import load_checkpoint_info
-    from t5pegasus.generate.options import GenerationOptions
-
-    names = {field.name for field in dataclasses.fields(GenerationOptions)} - {"max_new_tokens"}
-    chosen = {name: getattr(args, name) for name in names}
-    if args.max_new_tokens is None:
-        chosen["max_new_tokens"] = load_checkpoint_info(checkpoint).config.data.max_target_tokens
-    else:
-        chosen["max_new_tokens"] = args.max_new_tokens
-    return GenerationOptions(**chosen)
 
 
 def _read_records(source: Path) -> Iterator[dict[str, Any]]:

@@ -64,7 +64,7 @@ def evaluate_checkpoint(
     heldout = measure_heldout_loss(info.config, summarizer.parameters, examples, summarizer.batch_size)
     candidates = _write_candidates(summarizer, [pair.source for pair in pairs])
     outputs = {"model": [texts[0] for texts in candidates]}
-    if any(len(texts) > 1 for texts in candidates):
+    if summarizer.options.num_return > 1:
         outputs["oracle"] = [choose_best(pair.reference, texts) for pair, texts in zip(pairs, candidates)]
     outputs[LEAD] = [first_sentence(pair.source) for pair in pairs]
     comparison = compare_systems(pairs, outputs, bootstrap)
@@ -99,6 +99,7 @@ def _write_candidates(summarizer: Summarizer, sources: Sequence[str]) -> list[li
     with Progress("summarize", total=len(sources), unit="texts") as progress:
         for first in range(0, len(sources), portion):
             texts = sources[first : first + portion]
-            candidates += [[summary.text] for summary in summarizer.summarize(texts, first)]
+            written = summarizer.summarize_n_best(texts, first)
+            candidates += [[summary.text for summary in summaries] for summaries in written]
             progress.advance(len(texts))
     return candidates

@@ -139,6 +139,26 @@ def test_scores_of_a_lone_checkpoint_lie_beside_it(run_path, pairs_path, tmp_pat
     assert main(["report", str(tmp_path / "grown.scores")]) == 0
 
 
+def test_the_oracle_takes_the_best_of_the_candidates(run_path, pairs_path, tmp_path, capsys):
+    drawn = ["--temperature", "1", "--num-return", "8", "--max-new-tokens", "3", "--batch-size", "2"]
+    arguments = ["evaluate", str(run_path), "--pairs-path", str(pairs_path), "--output-path", str(tmp_path)]
+    assert main([*arguments, *drawn]) == 0
+    assert "oracle: of the candidates" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    records = read_lines((tmp_path / "summaries.jsonl").read_text(encoding="utf-8"))
+    references = [record["reference"] for record in records]
+    assert all(1 < len(record["candidates"]) <= 8 for record in records)
+    assert [record["summary"] for record in records] == [record["candidates"][0] for record in records]
+    best = [
+        max(score_pairs([reference], [text])["rouge-l"] for text in record["candidates"])
+        for reference, record in zip(references, records)
+    ]
+    figures = {system: scores["systems"][system]["scores"]["rouge-l"]["value"] for system in ("model", "oracle")}
+    assert figures["oracle"] == pytest.approx(np.mean(best))
+    assert figures["model"] < figures["oracle"]
+    assert scores["generation"]["num_return"] == 8
+
+
 def test_pairs_without_any_use_are_bad_data(run_path, tmp_path, capsys):
     path = tmp_path / "empty.jsonl"
     path.write_text('{"text": "文章。", "summary": ""}\n', encoding="utf-8")
