@@ -1,12 +1,16 @@
 """The `t5pegasus` command: a table of verbs in the order of the flow, each imported when it is chosen."""
 
+import contextlib
 import difflib
 import errno
 import importlib
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
 from launch.processes import is_one_of_several
@@ -26,8 +30,13 @@ _WAYS_OUT = {
 }
 EXIT_BUG = 1
 EXIT_DISK = 46
-EXIT_INTERRUPTED = 128 + 2
-EXIT_BROKEN_PIPE = 128 + 13
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+EXIT_TERMINATED = 128 + signal.SIGTERM
+EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which schedulers and `kill` send: it stops a verb as Ctrl-C does."""
 
 
 class Verb(NamedTuple):
@@ -90,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code of the process.
 
     0 complete, 1 bug (with its traceback), 2 usage or bad input, 44 bad data, 45 diverged, 46 disk or I/O,
-    130 interrupted. In a job of several processes a failing one ends at
+    130 interrupted, 143 terminated; the same command then goes on. In a job of several processes a failing one ends at
     once, without the clean-up in which JAX would wait for peers that are themselves waiting for it.
     """
     code = _run(sys.argv[1:] if argv is None else argv)
@@ -124,7 +133,23 @@ def _dispatch(argv: list[str]) -> int:
     name, *arguments = argv
     find_verb(name)
     _log_to_stderr()
-    return importlib.import_module(Verb.module(name)).main(arguments) or 0
+    with _termination_as_interrupt():
+        return importlib.import_module(Verb.module(name)).main(arguments) or 0
+
+
+@contextlib.contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    def stop(*_: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # only there signals can be handled
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _log_to_stderr() -> None:
@@ -139,8 +164,10 @@ def _report(error: BaseException, speaker: str) -> int:
             code = EXIT_BUG if message else int(error.code or 0)
         case T5PegasusError():
             message, code = f"{speaker}: {error}", error.exit_code
+        case Terminated():
+            message, code = f"{speaker}: terminated; give the same command again to go on", EXIT_TERMINATED
         case KeyboardInterrupt():
-            message, code = f"{speaker}: interrupted", EXIT_INTERRUPTED
+            message, code = f"{speaker}: interrupted; give the same command again to go on", EXIT_INTERRUPTED
         case BrokenPipeError():
             # The reader (`head`) has seen enough; Python would complain when it flushes stdout once more at
             # exit.

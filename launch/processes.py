@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+import signal
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,6 +38,7 @@ def init_distributed() -> None:
     if _is_one_of_several:
         return
     _is_one_of_several = True
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for the end of a collective
     results = _send_stdout_to_stderr()
     _keep_compiled_programs()
 

@@ -1,6 +1,8 @@
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -85,7 +87,13 @@ def test_a_verb_gets_its_arguments_and_decides_the_exit_code(verb):
             "t5pegasus build: a -> b: Invalid cross-device link\n",
         ),
         (TimeoutError("no answer"), 46, "t5pegasus build: no answer\n"),
-        (KeyboardInterrupt(), 130, "t5pegasus build: interrupted\n"),
+        (
+            OSError(28, "No space left on device", "a"),
+            46,
+            "t5pegasus build: a: No space left on device; free some space or choose another disk, then give the same "
+            "command again\n",
+        ),
+        (KeyboardInterrupt(), 130, "t5pegasus build: interrupted; give the same command again to go on\n"),
         (SystemExit(2), 2, ""),
         (SystemExit("why"), 1, "why\n"),
         (SystemExit(), 0, ""),
@@ -96,6 +104,24 @@ def test_each_error_has_its_exit_code_and_one_line(verb, capsys, error, code, me
     assert cli.main(["build"]) == code
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", message)
+
+
+def test_termination_stops_a_verb_as_an_interrupt_does(verb, capsys):
+    cleaned = []
+
+    def wait(_):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(60)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(signal.SIGTERM)
+    verb(wait)
+    assert cli.main(["build"]) == 143
+    assert capsys.readouterr().err == "t5pegasus build: terminated; give the same command again to go on\n"
+    assert cleaned == [True]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_bug_shows_its_traceback(verb, capsys):
