@@ -151,20 +151,46 @@ def test_b4k_variables_are_those_that_tensorflow_wrote(b4k_tiny, b4k_reference):
         np.testing.assert_array_equal(out.reshape(64, 48), variables[f"{prefix}/o"])
 
 
+def segments(ids: np.ndarray) -> np.ndarray:
+    """bert4keras hides keys of id 0 other than the first, and computes such queries all the same."""
+    return np.where((ids != 0) | (np.arange(ids.shape[1]) == 0), 1, -1)
+
+
+def stack_rows(arrays: list[np.ndarray]) -> np.ndarray:
+    """Under each other, padded with zeros to the longest: one program computes all sets."""
+    longest = max(array.shape[1] for array in arrays)
+    return np.concatenate([np.pad(array, ((0, 0), (0, longest - array.shape[1]))) for array in arrays])
+
+
+@pytest.fixture(scope="module")
+def b4k_outputs(b4k_tiny, b4k_reference) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The encoder's output and the logits of each set."""
+    sources, decoder_inputs = (
+        [b4k_reference[f"{inputs}{side}_input_ids"] for inputs in SETS] for side in ("encoder", "decoder")
+    )
+    encoded, logits = run(
+        b4k_tiny[0],
+        *(stack_rows(arrays) for arrays in (sources, list(map(segments, sources)))),
+        *(stack_rows(arrays) for arrays in (decoder_inputs, list(map(segments, decoder_inputs)))),
+    )
+    ends = np.cumsum([len(array) for array in sources])
+    return {
+        inputs: (
+            encoded[end - len(source) : end, : source.shape[1]],
+            logits[end - len(source) : end, : target.shape[1]],
+        )
+        for inputs, end, source, target in zip(SETS, ends, sources, decoder_inputs)
+    }
+
+
 @pytest.mark.parametrize("inputs", SETS)
-def test_b4k_folder_gives_logits_and_loss_of_bert4keras(b4k_tiny, b4k_reference, inputs: str):
-    foreign, suffix = b4k_tiny
-    source, decoder_input = (b4k_reference[f"{inputs}{side}_input_ids"] for side in ("encoder", "decoder"))
-
-    def segments(ids: np.ndarray) -> np.ndarray:
-        """bert4keras hides keys of id 0 other than the first, and computes such queries all the same."""
-        return np.where((ids != 0) | (np.arange(ids.shape[1]) == 0), 1, -1)
-
-    encoded, logits = run(foreign, source, segments(source), decoder_input, segments(decoder_input))
+def test_b4k_folder_gives_logits_and_loss_of_bert4keras(b4k_tiny, b4k_outputs, b4k_reference, inputs: str):
+    """At every position, padding included, of all three sets, with and without the bias in cross-attention."""
+    suffix, (encoded, logits) = b4k_tiny[1], b4k_outputs[inputs]
     np.testing.assert_allclose(encoded, b4k_reference[f"{inputs}encoder_output"], rtol=0, atol=1e-5)
     np.testing.assert_allclose(logits, b4k_reference[f"{inputs}logits{suffix}"], rtol=0, atol=1e-4)
 
-    targets = decoder_input[:, 1:]
+    targets = b4k_reference[f"{inputs}decoder_input_ids"][:, 1:]
     weights = (targets != 0).astype(np.float64)
     losses = token_losses(logits[:, :-1], targets) * weights
     np.testing.assert_allclose(losses, b4k_reference[f"{inputs}token_cross_entropy{suffix}"], rtol=0, atol=1e-4)

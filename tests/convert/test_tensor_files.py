@@ -15,7 +15,7 @@ from t5pegasus.convert.flax_msgpack import flatten_arrays, read_tree
 from t5pegasus.convert.tensor_files import read_tensors
 from t5pegasus.errors import ArtifactError, UsageError
 
-in_one_folder = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_folder = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 GENERATOR = np.random.default_rng(2)
 TENSORS = {
     name: GENERATOR.normal(size=shape).astype(np.float32)

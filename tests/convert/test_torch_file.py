@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from t5pegasus.convert.torch_file import read_torch
 from t5pegasus.errors import ArtifactError
 
-in_one_folder = settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_one_folder = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 STORAGES = {
     "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
     "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
