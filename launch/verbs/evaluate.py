@@ -48,6 +48,11 @@ class Evaluate:
                 "t5pegasus evaluate runs/title --pairs-path dev.jsonl and "
                 "t5pegasus evaluate --summaries written.jsonl --pairs-path dev.jsonl"
             )
+        if self.summaries is not None and self.generation != GenerationFlags():
+            raise UsageError(
+                f"--summaries {self.summaries} scores what is written; the flags of how to write, such as num_beams, "
+                "are for a checkpoint: leave them out"
+            )
         if self.max_examples is not None and self.max_examples < 1:
             raise UsageError(f"max_examples={self.max_examples} must be at least 1")
 

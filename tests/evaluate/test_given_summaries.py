@@ -91,6 +91,8 @@ def test_either_a_checkpoint_or_summaries(tmp_path, pairs_path, capsys):
     assert "--summaries written.jsonl" in capsys.readouterr().err
     assert evaluate(write_lines(tmp_path / "w.txt", WRITTEN), pairs_path, "--num-resamples", "0") == 2
     assert "num_resamples=0" in capsys.readouterr().err
+    assert evaluate(tmp_path / "w.txt", pairs_path, "--num-beams", "4") == 2
+    assert "leave them out" in capsys.readouterr().err
 
 
 def test_given_summaries_need_no_jax():

@@ -59,9 +59,7 @@ def test_all_golden_cases_of_the_package(shared_data):
 
 @pytest.mark.peers
 def test_drawn_texts_score_as_in_the_package():
-    from rouge import Rouge
-
-    package, generator = Rouge(), random.Random(5)
+    package, generator = pytest.importorskip("rouge").Rouge(), random.Random(5)
     for alphabet in ("甲乙.", "甲乙丙. ", "甲乙丙丁戊己庚辛"):
         for _ in range(300):
             reference, summary = ("".join(generator.choices(alphabet, k=generator.randint(1, 14))) for _ in range(2))

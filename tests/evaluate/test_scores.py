@@ -150,18 +150,18 @@ def test_baselines_without_a_model_are_reproduced(shared_data, name, lead, first
 
 @pytest.mark.peers
 def test_the_published_recipe_equals_its_packages():
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
-    from rouge import Rouge
-
+    nltk, package = pytest.importorskip("nltk.translate.bleu_score"), pytest.importorskip("rouge").Rouge()
+    smooth = nltk.SmoothingFunction().method1
     totals = dict.fromkeys(("t5-pegasus-rouge-1", "t5-pegasus-rouge-2", "t5-pegasus-rouge-l", "t5-pegasus-bleu"), 0.0)
     for reference, summary in zip(REFERENCES, SUMMARIES):
         wanted, given = (" ".join(text).lower() for text in (reference, summary))
         if given.strip():
-            (found,) = Rouge().get_scores(given, wanted)
+            (found,) = package.get_scores(given, wanted)
             for metric in ("rouge-1", "rouge-2", "rouge-l"):
                 totals[f"t5-pegasus-{metric}"] += found[metric]["f"]
-            smooth = SmoothingFunction().method1
-            totals["t5-pegasus-bleu"] += sentence_bleu([wanted.split(" ")], given.split(" "), smoothing_function=smooth)
+            totals["t5-pegasus-bleu"] += nltk.sentence_bleu(
+                [wanted.split(" ")], given.split(" "), smoothing_function=smooth
+            )
     figures = score_pairs(REFERENCES, SUMMARIES)
     assert {name: figures[name] for name in totals} == pytest.approx(
         {name: 100 * total / len(REFERENCES) for name, total in totals.items()}, abs=1e-9
