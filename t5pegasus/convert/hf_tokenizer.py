@@ -5,6 +5,7 @@ with spiece.model one that knows neither byte pieces nor line breaks.
 """
 
 import base64
+import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any
 
 from t5pegasus.config import write_json
 from t5pegasus.text.tokenizer import Tokenizer
+from t5pegasus.text.tokenizer.sentencepiece import SPACE
 
 REMOTE_CODE = "tokenization_t5_pegasus.py"
 _UNIGRAM = 1
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 """Kinds of pieces in sentencepiece_model.proto."""
-_SPACE = "▁"
+_ALL = 2**31
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, tokenizer_path: Path, output_path: Path, max_source_tokens: int) -> str:
@@ -61,26 +63,31 @@ _SPECIALS = {"pad": 0, "eos": 1, "unk": 2}
 def fast_tokenizer_json(serialized: bytes) -> dict[str, Any] | None:
     """A sentencepiece model in the format of the `tokenizers` library (its tokenizer.json).
 
-    The text is normalised, gets `▁` in front and for its spaces, and is segmented as a whole: nothing splits it
-    before, so that the pieces are sentencepiece's.
+    The text is normalised, gets `▁` in front and for its spaces, and is segmented as a whole, so that the pieces are
+    sentencepiece's. It is split before at two places alone: around pieces that the user defined, which always win;
+    and after the first character of something like `</s>` that the text itself spells out, which sentencepiece never
+    takes for the special. (There, a model that does not know `<` gives one unknown more.)
 
     Returns:
-        The JSON object; None for what the format cannot say with the same ids: models other than unigram, and
-        pieces that the user defined, which win over all others.
+        The JSON object; None for what it cannot be sure to say with the same ids: models other than unigram, and
+        other ways to treat spaces than these.
     """
     from sentencepiece import sentencepiece_model_pb2 as schema
 
     model = schema.ModelProto.FromString(serialized)  # pyright: ignore[reportAttributeAccessIssue] - made at import
     spec, pieces = model.normalizer_spec, model.pieces
     whitespace = spec.add_dummy_prefix and spec.escape_whitespaces and not model.trainer_spec.treat_whitespace_as_suffix
-    if model.trainer_spec.model_type != _UNIGRAM or not whitespace or any(p.type == _USER_DEFINED for p in pieces):
+    if model.trainer_spec.model_type != _UNIGRAM or not whitespace:
         return None
-    byte_fallback = any(piece.type == _BYTE for piece in pieces)
+    bytes_known = any(piece.type == _BYTE for piece in pieces)
+    defined = sorted((piece.piece for piece in pieces if piece.type == _USER_DEFINED), key=len, reverse=True)
+    others = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _UNUSED)]
+    literals = [*map(re.escape, others), *(["<0x[0-9A-F]{2}>"] if bytes_known else [])]
     trainer = model.trainer_spec
     ids = {"pad": trainer.pad_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
     end = pieces[ids["eos"]].piece
     spaces: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"Regex": rf"\A +|[ {_SPACE}]+\z"}, "content": ""},
+        {"type": "Replace", "pattern": {"Regex": rf"\A +|[ {SPACE}]+\z"}, "content": ""},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
     ]
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
@@ -98,11 +105,17 @@ def fast_tokenizer_json(serialized: bytes) -> dict[str, Any] | None:
             "normalizers": [
                 *([{"type": "Precompiled", "precompiled_charsmap": charsmap}] if charsmap else []),
                 *(spaces if spec.remove_extra_whitespaces else []),
-                {"type": "Prepend", "prepend": _SPACE},
-                {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
+                {"type": "Prepend", "prepend": SPACE},
+                {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
             ],
         },
-        "pre_tokenizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                *([_split("|".join(map(re.escape, defined)), "Isolated")] if defined else []),
+                _split(f"(?={'|'.join(literals)}).", "MergedWithPrevious"),
+            ],
+        },
         "post_processor": {
             "type": "TemplateProcessing",
             "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}],
@@ -115,25 +128,20 @@ def fast_tokenizer_json(serialized: bytes) -> dict[str, Any] | None:
         "decoder": {
             "type": "Sequence",
             "decoders": [
-                {"type": "Replace", "pattern": {"String": _SPACE}, "content": " "},
-                *([{"type": "ByteFallback"}] if byte_fallback else []),
+                {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+                *([{"type": "ByteFallback"}] if bytes_known else []),
                 {"type": "Fuse"},
-                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+                {"type": "Strip", "content": " ", "start": _ALL if spec.remove_extra_whitespaces else 1, "stop": 0},
             ],
         },
         "model": {
             "type": "Unigram",
             "unk_id": ids["unk"],
-            "vocab": [[piece.piece, _score(piece)] for piece in pieces],
-            "byte_fallback": byte_fallback,
+            "vocab": [[piece.piece, piece.score] for piece in pieces],
+            "byte_fallback": bytes_known,
         },
     }  # fmt: skip
 
 
-def _score(piece: Any) -> float:
-    """Only normal pieces may be found in a text, e.g. no `</s>`; the others get a score with which they never win.
-
-    This also lowers the score of unknown characters, which changes nothing: no piece holds a character that is not
-    a piece itself, so there is never a choice between an unknown and a known one.
-    """
-    return piece.score if piece.type == _NORMAL else -1e4
+def _split(pattern: str, behavior: str) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": False}

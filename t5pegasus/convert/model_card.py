@@ -119,5 +119,5 @@ def _usage(info: CheckpointInfo, tokenizer: Tokenizer, tokenizer_loader: str) ->
     return (
         f"{note}With transformers 5:\n\n```python\nfrom transformers import AutoTokenizer, {architecture}\n\n"
         f"tokenizer = {tokenizer_loader}\nmodel = {architecture}.from_pretrained(folder)\n"
-        f"ids = {ids}\nwritten = model.generate(ids, num_beams=4)[0]\nprint({decode})\n```"
+        f'ids = {ids}\nwritten = model.generate(ids, num_beams=4, early_stopping="never")[0]\nprint({decode})\n```'
     )

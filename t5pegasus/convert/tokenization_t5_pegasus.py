@@ -20,6 +20,7 @@ HAN = (
     "\U0002b820-\U0002ceaf\uf900-\ufaff\U0002f800-\U0002fa1f"
 )
 HAN_CHARACTER = re.compile(f"[{HAN}]")
+HAN_OR_RUN = re.compile(f"[{HAN}]|[^{HAN} \n\r\t]+")
 CJK_PUNCTUATION = (
     "＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､\u3000、〃〈〉《》「」『』【】〔〕〖〗"
     "〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏﹑﹔·！？｡。"
@@ -49,7 +50,7 @@ class T5PegasusTokenizer(PreTrainedTokenizer):
             self._tokens = [line.removesuffix("\n").removesuffix("\r") for line in file]
         self._ids = {token: index for index, token in enumerate(self._tokens)}
         self._vocab_file, self._for_target = vocab_file, False
-        self._cut = _load_jieba() if dictionary else lambda text: [text]
+        self._cut = _load_jieba() if dictionary else HAN_OR_RUN.findall
         super().__init__(
             dictionary=dictionary,
             unk_token=unk_token,
