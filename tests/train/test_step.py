@@ -15,7 +15,7 @@ from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.sharding import make_mesh, place_batch
 from t5pegasus.train.optimizer import apply_adamw, init_multipliers, make_schedule
-from t5pegasus.train.state import init_state
+from t5pegasus.train.state import evaluated_parameters, init_state
 from t5pegasus.train.step import make_train_step
 
 
@@ -29,15 +29,15 @@ def batches(examples_path, run_config):
 
 
 def two_updates(config, batches, sizes):
-    """Losses and parameters after two updates on a mesh of these sizes."""
+    """Losses and parameters (their average, if it is kept) after two updates on a mesh of these sizes."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    state = init_state(config.model, 0, mesh)
+    state = init_state(config.model, 0, mesh, with_ema=config.train.ema_decay > 0)
     train_step = make_train_step(config, mesh)
     losses = []
     for batch in batches:
         state, metrics = train_step(state, place_batch(batch, np.arange(8), 8, mesh))
         losses.append(float(metrics["loss"]))
-    return losses, {name: np.asarray(value) for name, value in state.parameters.items()}
+    return losses, {name: np.asarray(value) for name, value in evaluated_parameters(state).items()}
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,29 @@ def test_micro_batches_give_the_update_of_one_batch(run_config, batches, on_one_
     np.testing.assert_allclose(losses, on_one_device[0], rtol=2e-6)
     for name, wanted in on_one_device[1].items():
         np.testing.assert_allclose(parameters[name], wanted, rtol=0, atol=5e-6, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def with_every_option(run_config):
+    optimizer = dataclasses.replace(
+        run_config.optimizer, layer_decay=0.8, rate_factors=("decoder.*=0.5",), freeze=("encoder.layers[:1]", "lm_head")
+    )
+    train = dataclasses.replace(
+        run_config.train, label_smoothing=0.1, decoder_noise_rate=0.4, decoder_noise_examples=0.7, ema_decay=0.5
+    )
+    return dataclasses.replace(run_config, optimizer=optimizer, train=train)
+
+
+def test_with_every_option_meshes_and_micro_batches_give_the_same_update_too(with_every_option, batches):
+    config = dataclasses.replace(
+        with_every_option, train=dataclasses.replace(with_every_option.train, accumulation_steps=2)
+    )
+    (losses, parameters), (wanted_losses, wanted) = (
+        two_updates(config, batches, (1, 2, 2)), two_updates(with_every_option, batches, (1, 1, 1))
+    )  # fmt: skip
+    np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(parameters[name], array, rtol=0, atol=5e-6, err_msg=name)
 
 
 def test_a_batch_that_does_not_divide_is_named(run_config):
