@@ -30,7 +30,7 @@ def test_documents_become_summaries(tmp_path, capsys):
     folder = tmp_path / "flow"
     quickstart.run_quickstart(folder)
     printed = capsys.readouterr().out
-    assert printed.count("  model      ") == 5
+    assert printed.split("Five held-out documents")[1].count("\n  model      ") == 5
     assert "writes poorly" in printed
     assert str(folder / "report.html") in printed
 
