@@ -10,6 +10,7 @@ import pytest
 from t5pegasus.config import ModelConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.generate.beam import search_beams
+from t5pegasus.generate.candidates import take_likeliest
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
 from t5pegasus.generate.sequential import restrict_logits
@@ -142,7 +143,12 @@ def test_wide_beam_search_is_exhaustive(length_penalty):
         assert {tuple(output) for output in np.asarray(found.tokens[row])} == {tuple(o) for o in padded}
 
 
-@pytest.mark.parametrize("options", [GREEDY, SAMPLING, BEAM], ids=["greedy", "sampling", "beam"])
+@pytest.mark.parametrize(
+    "options",
+    [GREEDY, SAMPLING, BEAM, dataclasses.replace(BEAM, finalisation="huggingface-early"),
+     dataclasses.replace(BEAM, finalisation="bert4keras")],
+    ids=["greedy", "sampling", "beam", "huggingface-early", "bert4keras"],
+)  # fmt: skip
 def test_a_row_does_not_depend_on_its_batch(parameters, options):
     tokens, segments, row_ids = make_sources()
     together = generate(CONFIG, parameters, tokens, segments, row_ids, options)
@@ -202,10 +208,79 @@ def test_sampled_frequencies_are_the_probabilities(parameters):
     assert (np.abs(counts / num_rows - expected) < 5 * deviation + 1e-4).all()
 
 
+SHAPED = {
+    "greedy": GenerationOptions(12, min_new_tokens=6, no_repeat_ngram_size=2),
+    "sampling": GenerationOptions(12, min_new_tokens=6, no_repeat_ngram_size=2, temperature=1.2, seed=1, num_return=3),
+    "beam": GenerationOptions(12, min_new_tokens=6, no_repeat_ngram_size=2, num_beams=4),
+}
+
+
+@pytest.mark.parametrize("name", SHAPED)
+def test_outputs_have_their_prefix_their_length_and_no_ngram_twice(parameters, name):
+    options, sources = SHAPED[name], make_sources()
+    prefix = np.random.default_rng(2).integers(3, CONFIG.vocab_size, (len(LENGTHS), 2)).astype(np.int32)
+    found = generate(CONFIG, parameters, *sources, options, prefix_tokens=prefix)
+    free = generate(
+        CONFIG, parameters, *sources, dataclasses.replace(options, no_repeat_ngram_size=0, min_new_tokens=0)
+    )
+    assert min(free.lengths.ravel()) < 6, "the test wants outputs that would be shorter"
+    assert max(len(repeated_pairs(row)) for row in np.asarray(free.tokens[:, 0])) > 0, "and outputs that repeat"
+    for row, hypotheses in enumerate(np.asarray(found.tokens)):
+        assert (hypotheses[:, :2] == prefix[row]).all()
+        for tokens, length in zip(hypotheses, np.asarray(found.lengths[row])):
+            written = tokens[:length].tolist()
+            assert 2 + 6 <= length <= 2 + 12
+            assert CONFIG.eos_token_id not in written[: 2 + 6]
+            assert not repeated_pairs([CONFIG.decoder_start_token_id, *written])
+    assert (np.diff(found.scores, axis=1) <= 0).all()
+
+
+def repeated_pairs(tokens):
+    pairs = [pair for pair in itertools.pairwise(tokens) if CONFIG.pad_token_id not in pair]
+    return [pair for pair in set(pairs) if pairs.count(pair) > 1]
+
+
+@pytest.mark.parametrize("finalisation", ["exact", "huggingface"])
+def test_hypotheses_of_beam_search_are_distinct(parameters, finalisation):
+    options = GenerationOptions(12, num_beams=5, finalisation=finalisation)
+    for hypotheses in np.asarray(generate(CONFIG, parameters, *make_sources(), options).tokens):
+        assert len({tuple(tokens) for tokens in hypotheses}) == 5
+
+
+def test_more_samples_leave_the_first_as_it_is(parameters):
+    sources = make_sources()
+    alone = generate(CONFIG, parameters, *sources, SAMPLING)
+    several = generate(CONFIG, parameters, *sources, dataclasses.replace(SAMPLING, num_return=4))
+    outputs = [{tuple(tokens) for tokens in row} for row in np.asarray(several.tokens).tolist()]
+    assert all(tuple(first) in drawn for first, drawn in zip(np.asarray(alone.tokens[:, 0]).tolist(), outputs))
+    assert max(map(len, outputs)) > 2
+    assert (np.diff(several.scores, axis=1) <= 0).all()
+
+
+@pytest.mark.parametrize("width", [3, 127, 1000, 5120])
+@pytest.mark.parametrize("count", [1, 3])
+def test_likeliest_tokens_are_those_of_top_k(width, count):
+    random = np.random.default_rng(width)
+    # Few different values, so that ties are everywhere; and a row in which most are forbidden.
+    logits = random.integers(0, 40, (3, 2, width)).astype(np.float32)
+    logits[0, 0, 2:] = -np.inf
+    for got, wanted in zip(take_likeliest(jnp.asarray(logits), count), jax.lax.top_k(logits, count)):
+        assert np.array_equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
         ({"num_beams": 0}, "num_beams=0"),
+        ({"num_return": 0}, "num_return=0"),
+        ({"num_return": 2}, "num_beams=2 or more"),
+        ({"num_return": 5, "num_beams": 4}, "num_return=5"),
+        ({"min_new_tokens": -1}, "min_new_tokens=-1"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "max_new_tokens=8"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size=-1"),
+        ({"finalisation": "first"}, "finalisation='first'"),
+        ({"finalisation": "huggingface", "temperature": 1.0}, "temperature=1.0"),
+        ({"finalisation": "bert4keras", "num_beams": 3, "num_return": 2}, "num_return=2"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0"),

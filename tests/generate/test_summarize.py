@@ -1,8 +1,11 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from t5pegasus.config import ModelConfig
+from t5pegasus.errors import UsageError
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
 from t5pegasus.generate.summarize import Summarizer, Summary
@@ -70,3 +73,47 @@ def test_many_lengths_need_few_programs(parameters):
     texts = ["苹" * int(length) for length in lengths]
     assert len(summarizer.summarize(texts)) == 40
     assert generate._cache_size() - before == 2  # 64 and 128 wide
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 4}, {"temperature": 1.5, "seed": 2}], ids=["beam", "sampling"])
+def test_candidates_are_distinct_best_first_and_the_first_is_the_summary(parameters, options):
+    summarizer = make_summarizer(parameters, num_return=3, **options)
+    candidates = summarizer.summarize_n_best(TEXTS)
+    assert [found[0] for found in candidates] == summarizer.summarize(TEXTS)
+    for text, found in zip(TEXTS, candidates):
+        if not text.strip():
+            assert found == [Summary("", 0.0, 0)]
+            continue
+        assert 1 <= len(found) <= 3
+        assert len({summary.text for summary in found}) == len(found)
+        assert [summary.score for summary in found] == sorted((summary.score for summary in found), reverse=True)
+    assert max(map(len, candidates)) == 3
+
+
+def test_a_prefix_begins_every_summary(parameters):
+    summarizer = dataclasses.replace(make_summarizer(parameters, num_beams=3), prefix="地铁")
+    free = make_summarizer(parameters, num_beams=3).summarize(TEXTS)
+    summaries = summarizer.summarize(TEXTS)
+    assert all(summary.text.startswith("地铁") for summary, text in zip(summaries, TEXTS) if text.strip())
+    assert not all(summary.text.startswith("地铁") for summary in free)
+    assert summaries[1] == Summary("", 0.0, 0)
+    with pytest.raises(UsageError, match="prefix='龘'"):
+        dataclasses.replace(summarizer, prefix="龘")
+
+
+def test_longer_texts_than_the_model_was_trained_on_are_read_whole_if_asked(parameters):
+    text = "研究人员提出一种新方法。" * 20
+    summarizer = make_summarizer(parameters)
+    assert summarizer.summarize([text]) == summarizer.summarize([text[:200]])
+    longer = dataclasses.replace(summarizer, max_source_tokens=512)
+    assert longer.summarize([text])[0].score != longer.summarize([text[:200]])[0].score
+    with pytest.raises(UsageError, match="max_source_tokens=1"):
+        dataclasses.replace(summarizer, max_source_tokens=1)
+
+
+def test_impossible_demands_are_named(parameters):
+    few = make_summarizer(parameters)
+    demanding = GenerationOptions(80, min_new_tokens=80, no_repeat_ngram_size=1, num_beams=2)
+    assert MODEL.vocab_size < 80
+    with pytest.raises(UsageError, match="min_new_tokens=80 and no_repeat_ngram_size=1"):
+        dataclasses.replace(few, options=demanding).summarize(["苹果"])

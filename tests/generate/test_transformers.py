@@ -112,7 +112,8 @@ def test_beam_search(pairs, sources, fields):
     # All hypotheses with their scores, not the best only.
     options = GenerationOptions(10, num_beams=4, **fields)
     lengths = [check(MODEL, parameters, model, sources, options) for parameters, model in pairs]
-    assert len(np.unique(lengths)) > 2, "the test wants hypotheses that end at different steps"
+    if options.length_penalty < 2:  # which makes the longest the best
+        assert len(np.unique(lengths)) > 2, "the test wants hypotheses that end at different steps"
 
 
 @pytest.mark.parametrize("fields", [{}, {"min_new_tokens": 6}, {"no_repeat_ngram_size": 2}], ids=describe)
