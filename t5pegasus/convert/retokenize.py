@@ -65,11 +65,13 @@ class VocabularyMap:
 def map_vocabulary(old: Tokenizer, new: Tokenizer) -> VocabularyMap:
     """Find for every token of `new` the ids of `old` that its row is made of.
 
-    Pad, start, end and unknown correspond by their role. Between two tokenizers of one kind equal entries correspond,
+    Pad, start, end and unknown correspond by their role; where pad is the start, too, its row is the start's, the only
+    one that is read. Between two tokenizers of one kind equal entries correspond,
     specials included. Else a token is looked up by its text (see `_OldTokens`), then encoded by `old`; pieces that
     are unknown there do not count.
     """
-    roles = {getattr(new, name): getattr(old, name) for name in ("unk_id", *TOKEN_IDS.values())}
+    # In this order: of a pad that is the start, too, the start's row stays.
+    roles = {getattr(new, name): getattr(old, name) for name in ("unk_id", "pad_id", "start_id", "end_id")}
     of_text = _OldTokens(old)
     of_entry = {old.token(index): index for index in range(old.vocab_size)} if old.kind == new.kind else {}
     sources: list[tuple[int, ...]] = []
