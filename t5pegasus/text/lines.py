@@ -11,6 +11,8 @@ from t5pegasus.errors import UsageError
 
 CHUNK_BYTES = 1 << 16
 """Read at a time; decompressed it is a few hundred KiB of text."""
+_ZSTD_CHUNK_BYTES = 1 << 11
+"""Four of its bytes can stand for 128 KiB, and what a portion stands for comes at once: 64 MiB at most."""
 MAX_RECORD_BYTES = 1 << 26
 """A longer line or block (64 MiB) is counted and skipped, so that memory stays bounded on any input."""
 ZSTD_WINDOW_BYTES = 1 << 27
@@ -92,7 +94,7 @@ def _decompress_zstd(file: BinaryIO) -> Iterator[bytes]:
     context = zstandard.ZstdDecompressor(max_window_size=ZSTD_WINDOW_BYTES)
     frame = None
     try:
-        while chunk := file.read(CHUNK_BYTES):
+        while chunk := file.read(_ZSTD_CHUNK_BYTES):
             while chunk:
                 frame = context.decompressobj() if frame is None else frame
                 yield frame.decompress(chunk)

@@ -261,7 +261,9 @@ def _read_parquet(path: Path, dropped: Counter[str]) -> Iterator[Document]:
                     document = _make_document(record, f"{path.name}:{row}", dropped)
                     if document is not None:
                         yield document
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # of the disk; Arrow's own for a damaged file have no number
         raise UsageError(f"input {path} is not a whole Parquet file ({error}); write it anew") from None
 
 

@@ -56,6 +56,20 @@ def test_a_window_of_128_mib_is_read(tmp_path):
     assert list(read_documents([tmp_path / "a.jsonl.zst"])) == expected("a.jsonl.zst")
 
 
+def test_a_small_file_that_unpacks_to_much_takes_little_memory(tmp_path):
+    """256 MiB of zeros come in pieces of at most 64 MiB."""
+    compressor = zstandard.ZstdCompressor(level=1).compressobj()
+    zeros = bytes(1 << 24)
+    with (tmp_path / "a.jsonl.zst").open("wb") as file:
+        for _ in range(16):
+            file.write(compressor.compress(zeros))
+        file.write(compressor.flush())
+    assert (tmp_path / "a.jsonl.zst").stat().st_size < 1 << 16
+    sizes = [len(chunk) for chunk in lines._read_chunks(tmp_path / "a.jsonl.zst")]
+    assert sum(sizes) == 16 << 24
+    assert max(sizes) <= 64 << 20
+
+
 def test_bad_records_are_counted_by_reason_and_the_rest_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr("t5pegasus.text.lines.MAX_RECORD_BYTES", 2000)
     bad = [

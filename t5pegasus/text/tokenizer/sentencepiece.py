@@ -23,7 +23,7 @@ class SentencepieceTokenizer:
         self._model = model
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the library's message may hold bytes of the model
             raise ArtifactError(f"{name} is not a sentencepiece model ({error}); fetch or train it anew") from None
         self.vocab_size: int = self._processor.get_piece_size()
         self.pad_id: int = self._processor.pad_id()
