@@ -1,16 +1,17 @@
-"""The same learning curve as Hugging Face: one model trained twice, here and by torch, from the same initial weights.
+"""The same learning curve as Hugging Face: one model trained here and by torch from the same initial weights.
 
 Same batches in the same order, same loss (mean cross-entropy per target token), gradients clipped to global norm 1,
 AdamW with the learning rate of our schedule at every step, no dropout, one example per row (Hugging Face has no
-segment ids). Two trajectories that differ by rounding drift apart sooner or later whoever computes them, so a third
-run tells how soon: ours again, with every initial weight moved to a neighbouring float32 (a single rounding error,
-where two implementations differ by rounding in every operation). The curves overlap if the losses differ by at most
-1e-3 relative at every step, or by more only after the third run does. The same in float64, where rounding does not
-hide anything: at most 1e-9 relative. Exit status 1 if one of the two does not hold.
+segment ids). Two laws are checked, and the exit status is 1 if one does not hold:
+
+- float64: the losses are at most 1e-9 relative apart in the first 30 steps, and 1e-3 in all: the same mathematics;
+- float32: they are at most 1e-3 apart in all steps, or by more only after rounding alone has done as much, which is
+  seen twice: in ours trained once more with every initial weight moved to a neighbouring float32 ("twin"), and in
+  Hugging Face's own float32 losses beside its float64 ones.
 
     OMP_WAIT_POLICY=PASSIVE python benchmarks/parity_curve.py --documents ../shared/data/pretrain_zh_small.jsonl.gz
 
-Needs torch and transformers. Seconds per step are printed for information; this is a benchmark of agreement.
+Needs torch and transformers. Seconds per step are printed for information; what is measured here is agreement.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import contextlib
 import csv
 import dataclasses
 import importlib
+import itertools
 import math
+import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,84 +45,99 @@ from t5pegasus.model.t5 import count_parameters, declare_parameters, init_parame
 from t5pegasus.presets import tiny
 from t5pegasus.sample import HELDOUT_PATH, TRAIN_PATH
 from t5pegasus.sharding import make_mesh
-from t5pegasus.train.optimizer import make_schedule
 from t5pegasus.train.run import fit_to_examples
 from t5pegasus.train.state import start_state
 from t5pegasus.train.step import make_heldout_loss, make_train_step, pure_train_step
 
-OVERLAP, OVERLAP_FLOAT64 = 1e-3, 1e-9
-HELDOUT_DOCUMENTS = 60
+OVERLAP, OVERLAP_FLOAT64, FLOAT64_STEPS = 1e-3, 1e-9, 30
+LENGTHS = {"max_source_tokens": 96, "max_target_tokens": 32}
+PAIRS = {
+    "apart": ("ours", "hf"),
+    "twin from ours": ("twin", "ours"),
+    "ours from its float64": ("ours", "ours_float64"),
+    "HF from its float64": ("hf", "hf_float64"),
+    "float64: apart": ("ours_float64", "hf_float64"),
+}
+"""What is compared, by its heading."""
 Arrays = dict[str, np.ndarray]
 
 
 def main() -> None:
-    """Train both, print the table and the verdict, write every step to OUTPUT_PATH/curve.csv."""
+    """Train all, print tables and verdicts, write every step's losses to OUTPUT_PATH/curve.csv."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=Path, help="default: the embedded sample")
     parser.add_argument("--output-path", type=Path, default=Path("runs/parity-curve"))
-    parser.add_argument("--vocab-size", type=int, help="default: 8000, of the embedded sample 4608")
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--float64-steps", type=int, default=30)
-    parser.add_argument("--every", type=int, default=50, help="steps between rows of the table and held-out losses")
+    parser.add_argument("--vocab-size", type=int, default=4608)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--steps", type=int, default=320)
+    parser.add_argument("--every", type=int, default=40, help="steps between rows of the tables")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()  # it tells at length that it does not tie the head, which is wanted
     transformers.logging.disable_progress_bar()
     examples, heldout = build_examples(args.documents, args.output_path, args.vocab_size)
+    steps, warmup_steps, decay_steps = args.steps, args.steps // 8, args.steps // 5
     config = RunConfig(
         model=dataclasses.replace(tiny().model, d_model=128, d_kv=32, num_heads=4, d_ff=256),
-        data=DataConfig(max_source_tokens=128, max_target_tokens=48, pack=False),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=args.steps // 8, decay_steps=args.steps // 5),
-        train=TrainConfig(steps=args.steps, batch_size=16, z_loss=0.0),
+        data=DataConfig(**LENGTHS, pack=False),
+        optimizer=OptimizerConfig(args.learning_rate, warmup_steps=warmup_steps, decay_steps=decay_steps),
+        train=TrainConfig(steps=steps, batch_size=16, z_loss=0.0),
     )
     with contextlib.ExitStack() as stack:
         ids = config.model.pad_token_id, config.model.decoder_start_token_id
         rows, heldout_rows = (stack.enter_context(PackedRows(path, config.data, *ids)) for path in (examples, heldout))
         config = fit_to_examples(config, rows.shards.manifest)
+        held = list(itertools.islice(load_epoch(heldout_rows, 16), 16))
         print(
-            f"torch {torch.__version__}, transformers {transformers.__version__}, jax {jax.__version__}; "
-            f"{count_parameters(config.model):,} parameters, {rows.num_rows:,} rows of 128/48, batch 16"
+            f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
+            f"jax {jax.__version__}\n{count_parameters(config.model):,} parameters; {rows.num_rows:,} rows of 96/32, "
+            f"16 per step; learning rate to {args.learning_rate} in {warmup_steps} steps, falling in the last "
+            f"{decay_steps}; {held_tokens(held):,.0f} held-out target tokens"
         )
-        held = list(load_epoch(heldout_rows, config.train.batch_size))
-        good = compare_float32(config, rows, held, args.every, args.output_path / "curve.csv")
-        good &= compare_float64(config, rows, args.float64_steps)
+        good = compare(config, rows, held, args.every, args.output_path / "curve.csv")
     sys.exit(0 if good else 1)
 
 
-def build_examples(documents: Path | None, output_path: Path, vocab_size: int | None) -> tuple[Path, Path]:
+def build_examples(documents: Path | None, output_path: Path, vocab_size: int) -> tuple[Path, Path]:
     """Tokenizer and examples by the command a user would type; a build done before is found done."""
 
     def run(verb: str, *arguments: Any) -> None:
         importlib.import_module(f"launch.verbs.{verb}").main([str(argument) for argument in arguments])
 
     tokenizer, examples = output_path / "tokenizer", output_path / "examples"
-    lengths = ["--tokenizer-path", tokenizer, "--max-source-tokens", 128, "--max-target-tokens", 48]
-    size = vocab_size or (4608 if documents is None else 8000)
-    run("tokenizer", "train", "--input", documents or TRAIN_PATH, "--output-path", tokenizer, "--vocab-size", size)
+    flags = [part for name, value in LENGTHS.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--tokenizer-path", tokenizer]
+    texts = documents or TRAIN_PATH
+    run("tokenizer", "train", "--input", texts, "--output-path", tokenizer, "--vocab-size", vocab_size)
     if documents is None:
-        run("build", TRAIN_PATH, "--output-path", examples, *lengths)
-        run("build", HELDOUT_PATH, "--output-path", output_path / "heldout", *lengths)
+        run("build", TRAIN_PATH, "--output-path", examples, *flags)
+        run("build", HELDOUT_PATH, "--output-path", output_path / "heldout", *flags)
         return examples, output_path / "heldout"
-    run("build", documents, "--output-path", examples, "--heldout-documents", HELDOUT_DOCUMENTS, *lengths)
+    run("build", documents, "--output-path", examples, "--heldout-documents", 60, *flags)
     return examples, examples / "heldout"
 
 
 class Ours:
-    """This package's training from given parameters."""
+    """This package's training from given parameters; in float32 by the very step of `t5pegasus pretrain`."""
 
-    def __init__(self, config: RunConfig, parameters: Arrays, train_step: Callable) -> None:
-        self.train_step, self.seconds = train_step, []
+    def __init__(self, config: RunConfig, parameters: Arrays, *, wide: bool = False) -> None:
+        self.config, self.wide, self.seconds = config, wide, []
+        specs = declare_parameters(config.model)
         mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
         self.heldout_loss = make_heldout_loss(config, mesh)
-        placed = {name: jnp.array(value) for name, value in parameters.items()}
-        self.state = start_state(placed, declare_parameters(config.model))
-        self.config = config
+        self.train_step = make_train_step(config, mesh)
+        if wide:
+            self.train_step = jax.jit(pure_train_step(config, specs, jnp.float64), donate_argnums=0)
+        dtype = jnp.float64 if wide else jnp.float32
+        with jax.enable_x64(wide):
+            self.state = start_state({name: jnp.array(value, dtype) for name, value in parameters.items()}, specs)
 
     def update(self, batch: Batch) -> float:
         """One step; its loss before the update."""
         began = time.perf_counter()
-        self.state, metrics = self.train_step(self.state, batch)
-        loss = float(metrics["loss"])
-        jax.block_until_ready(self.state)
+        with jax.enable_x64(self.wide):
+            self.state, metrics = self.train_step(self.state, batch)
+            jax.block_until_ready(self.state)
+            loss, self.learning_rate = float(metrics["loss"]), float(metrics["learning_rate"])
         self.seconds.append(time.perf_counter() - began)
         return loss
 
@@ -139,37 +156,39 @@ class Ours:
 class HuggingFace:
     """The same by MT5ForConditionalGeneration and torch.optim.AdamW."""
 
-    def __init__(self, config: RunConfig, parameters: Arrays, dtype: torch.dtype) -> None:
+    def __init__(self, config: RunConfig, parameters: Arrays, *, wide: bool = False) -> None:
         with tempfile.TemporaryDirectory() as folder:
             write_json(Path(folder) / "config.json", model_to_hf_config(config.model))
             tensors = parameters_to_hf(parameters, config.model)
             save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-            self.model = transformers.MT5ForConditionalGeneration.from_pretrained(folder).to(dtype).train()
+            self.model = transformers.MT5ForConditionalGeneration.from_pretrained(folder).train()
+        if wide:
+            self.model.double()
         embedding, head = self.model.get_input_embeddings().weight, self.model.lm_head.weight
         if embedding.data_ptr() == head.data_ptr():
             raise RuntimeError("transformers has tied the head to the embedding: not the model that was meant")
-        optimizer = config.optimizer
+        kernels, gains = ([p for p in self.model.parameters() if (p.ndim == 1) == gain] for gain in (False, True))
         parts = [
-            {"params": [p for p in self.model.parameters() if p.ndim > 1], "weight_decay": optimizer.weight_decay},
-            {"params": [p for p in self.model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+            {"params": kernels, "weight_decay": config.optimizer.weight_decay},
+            {"params": gains, "weight_decay": 0.0},
         ]
-        betas = optimizer.beta1, optimizer.beta2
-        self.optimizer = torch.optim.AdamW(parts, betas=betas, eps=optimizer.epsilon)
-        self.max_norm, self.schedule = optimizer.max_grad_norm, make_schedule(optimizer, config.train.steps)
-        self.step, self.seconds = 0, []
+        betas = config.optimizer.beta1, config.optimizer.beta2
+        self.optimizer = torch.optim.AdamW(parts, betas=betas, eps=config.optimizer.epsilon)
+        self.max_norm, self.wide, self.seconds = config.optimizer.max_grad_norm, wide, []
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Hugging Face's own: mean cross-entropy over the targets."""
-        return self.model(
-            input_ids=torch.from_numpy(batch.encoder_input_tokens).long(),
-            attention_mask=torch.from_numpy(batch.encoder_segment_ids > 0).long(),
-            decoder_input_ids=torch.from_numpy(batch.decoder_input_tokens).long(),
-            labels=torch.from_numpy(np.where(batch.decoder_loss_weights > 0, batch.decoder_target_tokens, -100)).long(),
-        ).loss
+        labels = np.where(batch.decoder_loss_weights > 0, batch.decoder_target_tokens, -100)
+        with KeepFloat64() if self.wide else contextlib.nullcontext():
+            return self.model(
+                input_ids=torch.from_numpy(batch.encoder_input_tokens).long(),
+                attention_mask=torch.from_numpy(batch.encoder_segment_ids > 0).long(),
+                decoder_input_ids=torch.from_numpy(batch.decoder_input_tokens).long(),
+                labels=torch.from_numpy(labels).long(),
+            ).loss
 
-    def update(self, batch: Batch) -> float:
+    def update(self, batch: Batch, learning_rate: float) -> float:
         """One step; its loss before the update."""
-        learning_rate = float(self.schedule(jnp.int32(self.step)))
         began = time.perf_counter()
         for part in self.optimizer.param_groups:
             part["lr"] = learning_rate
@@ -182,15 +201,13 @@ class HuggingFace:
         for gradient in gradients:
             gradient.mul_(scale)
         self.optimizer.step()
-        self.step += 1
         self.seconds.append(time.perf_counter() - began)
         return loss.item()
 
     @torch.no_grad()
     def heldout(self, batches: list[Batch]) -> float:
         """Mean loss per target token."""
-        counts = [float(batch.decoder_loss_weights.sum()) for batch in batches]
-        return sum(self.loss(batch).item() * n for batch, n in zip(batches, counts)) / sum(counts)
+        return sum(self.loss(batch).item() * held_tokens([batch]) for batch in batches) / held_tokens(batches)
 
     def tensors(self) -> Arrays:
         """Parameters by name, float64."""
@@ -198,7 +215,7 @@ class HuggingFace:
 
 
 class KeepFloat64(TorchFunctionMode):
-    """Hugging Face takes the variance of its norms in float32 whatever the model's dtype; here in float64, too."""
+    """Hugging Face takes the variance of its norms in float32 even in a float64 model; here in float64, then."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.Tensor.to and args[0].dtype == torch.float64 and args[1:] == (torch.float32,):
@@ -206,76 +223,64 @@ class KeepFloat64(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def compare_float32(config: RunConfig, rows: PackedRows, held: list[Batch], every: int, csv_path: Path) -> bool:
-    """The curves in float32, ours by the very step of `t5pegasus pretrain`; whether they overlap."""
-    start = initial_parameters(config)
-    train_step = make_train_step(config, make_mesh(MeshConfig(data=1), jax.devices()[:1]))
-    ours, twin = Ours(config, start, train_step), Ours(config, neighbours(start), train_step)
-    theirs = HuggingFace(config, start, torch.float32)
-    print(
-        "\nfloat32\n| step | loss, ours | Hugging Face | relative difference | ours twice | held-out, ours "
-        "| Hugging Face | relative difference | parameters | ours twice |\n|" + " ---: |" * 10
-    )
-    curve = []
-    for step, batch in numbered_batches(rows, config, config.train.steps):
-        one, other, again = ours.update(batch), theirs.update(batch), twin.update(batch)
-        curve.append((step, one, other, relative(one, other), relative(again, one)))
-        if step == 1 or step % every == 0:
-            held_ours, held_theirs = ours.heldout(held), theirs.heldout(held)
-            print(
-                f"| {step} | {one:.6f} | {other:.6f} | {curve[-1][3]:.1e} | {curve[-1][4]:.1e} | {held_ours:.6f} "
-                f"| {held_theirs:.6f} | {relative(held_ours, held_theirs):.1e} "
-                f"| {difference(ours.tensors(), theirs.tensors()):.1e} "
-                f"| {difference(twin.tensors(), ours.tensors()):.1e} |",
-                flush=True,
-            )
+def compare(config: RunConfig, rows: PackedRows, held: list[Batch], every: int, csv_path: Path) -> bool:
+    """Train all five side by side; whether both laws hold."""
+    start = {name: np.asarray(value) for name, value in init_parameters(config.model, config.train.seed).items()}
+    ours, twin, ours_wide = Ours(config, start), Ours(config, neighbours(start)), Ours(config, start, wide=True)
+    theirs, theirs_wide = HuggingFace(config, start), HuggingFace(config, start, wide=True)
+    curve, held_rows = [], []
+    with contextlib.closing(load_batches(rows, config.train.batch_size, start_row=0)) as batches:
+        for step, batch in zip(range(1, config.train.steps + 1), batches):
+            losses = {"step": step, "ours": ours.update(batch), "twin": twin.update(batch)}
+            losses |= {"hf": theirs.update(batch, ours.learning_rate), "ours_float64": ours_wide.update(batch)}
+            curve.append(losses | {"hf_float64": theirs_wide.update(batch, ours_wide.learning_rate)})
+            if step == 1 or step % every == 0:
+                pairs = (ours, theirs), (twin, ours), (ours_wide, theirs_wide)
+                parameters = (difference(one.tensors(), other.tensors()) for one, other in pairs)
+                held_rows.append((step, ours.heldout(held), theirs.heldout(held), *parameters))
+                print(f"step {step}: {losses}", file=sys.stderr, flush=True)
     with csv_path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "ours", "hugging_face", "relative_difference", "ours_twice_relative_difference"])
+        writer = csv.DictWriter(file, list(curve[0]))
+        writer.writeheader()
         writer.writerows(curve)
-    return judge_float32(curve, ours.seconds, theirs.seconds)
+    print_tables(curve, held_rows)
+    one, other = (float(np.median(run.seconds[1:])) for run in (ours, theirs))
+    print(f"\nmedian seconds per float32 step: ours {one:.3f}, Hugging Face {other:.3f}, ratio {one / other:.2f}")
+    return judge(curve)
 
 
-def judge_float32(curve: list[tuple], our_seconds: list[float], their_seconds: list[float]) -> bool:
-    """Print what the curves come to."""
-    between, floor = (np.array([row[column] for row in curve]) for column in (3, 4))
-
-    def first_above(differences: np.ndarray) -> float:
-        above = np.flatnonzero(~(differences <= OVERLAP))
-        return curve[above[0]][0] if len(above) else math.inf
-
-    print(f"\nlargest relative difference of the {len(curve)} losses: Hugging Face {between.max():.1e} at step "
-          f"{curve[between.argmax()][0]}, ours twice {floor.max():.1e} at step {curve[floor.argmax()][0]}")  # fmt: skip
-    print(f"first step above {OVERLAP:.0e}: Hugging Face {first_above(between)}, ours twice {first_above(floor)}")
-    one, other = (float(np.median(seconds[1:])) for seconds in (our_seconds, their_seconds))
-    print(f"median seconds per step, in turn on the same cores: ours {one:.3f}, Hugging Face {other:.3f}: "
-          f"ratio {one / other:.2f}")  # fmt: skip
-    overlap = first_above(between) == math.inf or first_above(between) >= first_above(floor)
-    print("the curves overlap" if overlap else "THE CURVES DIFFER by more than rounding explains")
-    return overlap
+def print_tables(curve: list[dict], held_rows: list[tuple]) -> None:
+    """Losses and how they differ at the chosen steps; then held-out losses and parameters."""
+    print(f"\n| step | loss, ours | Hugging Face | {' | '.join(PAIRS)} |\n|{' ---: |' * 8}")
+    for row in (curve[held_row[0] - 1] for held_row in held_rows):
+        apart = " | ".join(f"{relative(row[one], row[other]):.1e}" for one, other in PAIRS.values())
+        print(f"| {row['step']} | {row['ours']:.6f} | {row['hf']:.6f} | {apart} |")
+    largest = (max(relative(row[one], row[other]) for row in curve) for one, other in PAIRS.values())
+    print(f"| largest of {len(curve)} | | | {' | '.join(f'{value:.1e}' for value in largest)} |")
+    print(f"| first above {OVERLAP:.0e} | | | {' | '.join(str(first_above(curve, pair)) for pair in PAIRS)} |\n")
+    headings = "step | held-out loss, ours | Hugging Face | apart | parameters: apart | twin from ours | float64: apart"
+    print(f"| {headings} |\n|{' ---: |' * 7}")
+    for step, one, other, *apart in held_rows:
+        parameters = " | ".join(f"{value:.1e}" for value in apart)
+        print(f"| {step} | {one:.6f} | {other:.6f} | {relative(one, other):.1e} | {parameters} |")
 
 
-def compare_float64(config: RunConfig, rows: PackedRows, steps: int) -> bool:
-    """Losses and parameters of a few steps in float64; whether they are the same."""
-    start = {name: value.astype(np.float64) for name, value in initial_parameters(config).items()}
-    with jax.enable_x64(True), KeepFloat64():
-        specs = declare_parameters(config.model)
-        ours = Ours(config, start, jax.jit(pure_train_step(config, specs, jnp.float64), donate_argnums=0))
-        theirs = HuggingFace(config, start, torch.float64)
-        batches = numbered_batches(rows, config, steps)
-        largest = max(relative(ours.update(batch), theirs.update(batch)) for _, batch in batches)
-        parameters = difference(ours.tensors(), theirs.tensors())
-    same = largest <= OVERLAP_FLOAT64
-    print(
-        f"\nfloat64, {steps} steps: largest relative difference of the losses {largest:.1e}, of the parameters after "
-        f"them {parameters:.1e}: " + ("the same function" if same else "NOT THE SAME FUNCTION")
-    )
-    return same
+def judge(curve: list[dict]) -> bool:
+    """Print and return whether both laws hold."""
+    rounding = min(first_above(curve, "twin from ours"), first_above(curve, "HF from its float64"))
+    overlap = first_above(curve, "apart") >= rounding
+    apart = [relative(row["ours_float64"], row["hf_float64"]) for row in curve]
+    same = max(apart[:FLOAT64_STEPS]) <= OVERLAP_FLOAT64 and max(apart) <= OVERLAP
+    print(f"float64, first {FLOAT64_STEPS} steps at most {max(apart[:FLOAT64_STEPS]):.1e}, all {max(apart):.1e} apart: "
+          + ("the same" if same else "NOT THE SAME"))  # fmt: skip
+    print("float32: the curves overlap" if overlap else "float32: THE CURVES DIFFER by more than rounding explains")
+    return overlap and same
 
 
-def initial_parameters(config: RunConfig) -> Arrays:
-    """Those of a fresh run, float32."""
-    return {name: np.asarray(value) for name, value in init_parameters(config.model, config.train.seed).items()}
+def first_above(curve: list[dict], pair: str) -> float:
+    """The first step at which they are further apart than curves that overlap, inf if there is none."""
+    one, other = PAIRS[pair]
+    return next((row["step"] for row in curve if not relative(row[one], row[other]) <= OVERLAP), math.inf)
 
 
 def neighbours(parameters: Arrays) -> Arrays:
@@ -287,10 +292,9 @@ def neighbours(parameters: Arrays) -> Arrays:
     }
 
 
-def numbered_batches(rows: PackedRows, config: RunConfig, steps: int) -> Iterator[tuple[int, Batch]]:
-    """(1, first batch) … (steps, last batch) of the stream that a run with this config reads."""
-    with contextlib.closing(load_batches(rows, config.train.batch_size, start_row=0)) as batches:
-        yield from zip(range(1, steps + 1), batches)
+def held_tokens(batches: list[Batch]) -> float:
+    """Target tokens of these batches."""
+    return float(sum(batch.decoder_loss_weights.sum() for batch in batches))
 
 
 def relative(one: float, other: float) -> float:
