@@ -104,9 +104,11 @@ def _usage(info: CheckpointInfo, tokenizer: Tokenizer, tokenizer_loader: str) ->
         "T5ForConditionalGeneration" if info.config.model.tie_word_embeddings else "MT5ForConditionalGeneration"
     )
     if tokenizer_loader.startswith("AutoTokenizer"):
+        imports = f"from transformers import AutoTokenizer, {architecture}"
         ids = 'tokenizer(text, truncation=True, return_tensors="pt").input_ids'
         decode = "tokenizer.decode(written, skip_special_tokens=True)"
     else:
+        imports = f"import sentencepiece\nimport torch\nfrom transformers import {architecture}"
         ids = f"torch.tensor([[*tokenizer.encode(text), {tokenizer.end_id}]])"
         decode = "tokenizer.decode(written[1:].tolist())"
     note = (
@@ -117,7 +119,7 @@ def _usage(info: CheckpointInfo, tokenizer: Tokenizer, tokenizer_loader: str) ->
         else ""
     )
     return (
-        f"{note}With transformers 5:\n\n```python\nfrom transformers import AutoTokenizer, {architecture}\n\n"
+        f"{note}With transformers 5:\n\n```python\n{imports}\n\n"
         f"tokenizer = {tokenizer_loader}\nmodel = {architecture}.from_pretrained(folder)\n"
         f'ids = {ids}\nwritten = model.generate(ids, num_beams=4, early_stopping="never")[0]\nprint({decode})\n```'
     )

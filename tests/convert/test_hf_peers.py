@@ -257,3 +257,16 @@ def test_a_model_that_cannot_be_expressed_is_refused_by_auto_tokenizer(tmp_path:
     assert "sentencepiece.SentencePieceProcessor" in (folder / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="tokenizer"):
         AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "byte-pair"])
+def test_the_code_of_the_card_runs(tmp_path: Path, capsys, shared_data: Path, kind: str):
+    tokenizer = {
+        "wordpiece": lambda: WordpieceTokenizer(WORDS),
+        "unigram": lambda: train_sentencepiece(read_documents([TRAIN_PATH]), 2500),
+        "byte-pair": lambda: adopt_vocabulary(shared_data / "vocab" / "pegasus_sp_test.model"),
+    }[kind]()
+    folder = export_tokenizer(tokenizer, tmp_path)
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    exec(card.partition("```python\n")[2].partition("```")[0], {"folder": str(folder), "text": "天地玄黄。"})
+    assert capsys.readouterr().out.endswith("\n")
