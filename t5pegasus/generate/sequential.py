@@ -60,7 +60,8 @@ def write_sequentially(
             chosen = jax.vmap(jax.vmap(jax.random.categorical))(now, restricted).astype(jnp.int32)
         else:
             chosen = take_likeliest(allowed, 1)[1][..., 0]
-        gained = jnp.take_along_axis(logits, chosen[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+        # Taken from what is allowed: -inf, the score of no hypothesis, where everything is forbidden.
+        gained = jnp.take_along_axis(allowed, chosen[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
         chosen = jnp.where(state.done, config.pad_token_id, chosen)
         return _Written(
             length=state.length + 1,

@@ -111,9 +111,10 @@ def test_longer_texts_than_the_model_was_trained_on_are_read_whole_if_asked(para
         dataclasses.replace(summarizer, max_source_tokens=1)
 
 
-def test_impossible_demands_are_named(parameters):
-    few = make_summarizer(parameters)
-    demanding = GenerationOptions(80, min_new_tokens=80, no_repeat_ngram_size=1, num_beams=2)
+@pytest.mark.parametrize("fields", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=["greedy", "sampling", "beam"])
+def test_impossible_demands_are_named(parameters, fields):
+    summarizer = make_summarizer(parameters)
+    demanding = GenerationOptions(80, min_new_tokens=80, no_repeat_ngram_size=1, **fields)
     assert MODEL.vocab_size < 80
     with pytest.raises(UsageError, match="min_new_tokens=80 and no_repeat_ngram_size=1"):
-        dataclasses.replace(few, options=demanding).summarize(["苹果"])
+        dataclasses.replace(summarizer, options=demanding).summarize(["苹果"])
