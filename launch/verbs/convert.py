@@ -32,7 +32,7 @@ class Convert:
     """
 
     source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-    """Checkpoint, run (its last good checkpoint is meant), or model of another program."""
+    """Checkpoint, run (its best or last good checkpoint is meant), or model of another program."""
     output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
     """Folder to create; none with --check."""
     tokenizer_path: Path | None = None

@@ -24,7 +24,7 @@ class Evaluate:
     """
 
     checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
-    """Checkpoint folder, or a run whose last good one is meant."""
+    """Checkpoint folder, or a run whose best or last good one is meant."""
     pairs_path: Path
     """Pairs: jsonl {text, summary} or lines title<TAB>text (.jsonl, .tsv, .gz and .zst of them)."""
     summaries: Path | None = None

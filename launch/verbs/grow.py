@@ -28,7 +28,7 @@ class Grow:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run, whose last good checkpoint is meant."""
+    """A checkpoint folder, or a run, whose best or last good checkpoint is meant."""
     output_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Folder to create; default is the run's or checkpoint's name with -grown."""
     to: str | None = None

@@ -27,7 +27,7 @@ class Summarize:
     """
 
     checkpoint: tyro.conf.Positional[Path]
-    """Checkpoint folder, or a run whose last good one is meant."""
+    """Checkpoint folder, or a run whose best or last good one is meant."""
     input: Path = Path("-")
     """File of documents (also .gz, .zst), or - for stdin."""
     generation: Generation = dataclasses.field(default_factory=GenerationFlags)

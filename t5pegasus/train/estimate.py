@@ -118,7 +118,7 @@ def _placed(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _read_device_bytes(device: jax.Device) -> int | None:
+def _read_device_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
@@ -141,7 +141,10 @@ def _warn_if_over(limit: int | None, wanted: int | None, what: str, way_out: str
 
 
 def _format_bytes(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+    for divisor, unit in ((1e9, "GB"), (1e6, "MB")):
+        if number >= divisor:
+            return f"{number / divisor:.2f} {unit}"
+    return f"{number / 1e3:.2f} kB"
 
 
 def _format_flops(number: float) -> str:
