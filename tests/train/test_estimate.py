@@ -37,7 +37,7 @@ def test_it_says_what_the_state_takes_on_a_device_and_what_an_update_takes(avera
     first, second, third = (record.getMessage() for record in caplog.records if record.name == estimate.__name__)
     count = f"{sum(array.size for array in state.parameters.values()):,}"
     assert first == f"{count} parameters; 6 updates of 8 rows of 24 + 8 tokens, 1536 positions"
-    assert second.startswith(f"memory per device: {on_one / 1e6:.2f} MB of state, ")
+    assert second.startswith(f"memory per device: {on_one / 1e3:.2f} kB of state, ")
     assert "30 % of the peak, a guess" in third
 
 
