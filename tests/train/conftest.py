@@ -13,7 +13,7 @@ from t5pegasus.presets import tiny
 VOCAB_SIZE, START, END = 128, 101, 102
 
 
-def write_examples(folder: Path, count: int, seed: int) -> Path:
+def write_examples(folder: Path, count: int, seed: int, tokenizer_fingerprint: str = "f" * 64) -> Path:
     """Sources that count upwards modulo 40; targets repeat their first tokens."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(seed)
@@ -28,7 +28,7 @@ def write_examples(folder: Path, count: int, seed: int) -> Path:
     (folder / "tokenizer" / "vocab.txt").write_text("…", encoding="utf-8")
     write_manifest(
         folder, shards=[shard], config={}, documents={}, num_unknown_tokens=0, vocab_size=VOCAB_SIZE,
-        tokenizer_fingerprint="f" * 64, pad_id=0, start_id=START, end_id=END,
+        tokenizer_fingerprint=tokenizer_fingerprint, pad_id=0, start_id=START, end_id=END,
     )  # fmt: skip
     return folder
 
@@ -38,6 +38,12 @@ def examples_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_examples(tmp_path_factory.mktemp("data") / "examples", count=120, seed=0)
     write_examples(folder / "heldout", count=30, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def foreign_heldout_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Held-out examples of another tokenizer."""
+    return write_examples(tmp_path_factory.mktemp("data") / "foreign", count=30, seed=1, tokenizer_fingerprint="e" * 64)
 
 
 @pytest.fixture(scope="session")
