@@ -173,8 +173,28 @@ def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
+def check_run_path(run_path: Path) -> None:
+    """Refuse a folder that is another artifact: a run would be written into it.
+
+    Raises:
+        UsageError: naming the file that says so.
+    """
+    for mark in ("manifest.json", "tokenizer.json"):
+        if (run_path / mark).is_file():
+            raise UsageError(
+                f"run path {run_path} is in use: {mark} says that it holds examples, a checkpoint or a tokenizer; "
+                "choose another --run-path"
+            )
+
+
 def load_run_record(run_path: Path) -> tuple[RunConfig, dict[str, str | None]] | None:
-    """Config and paths of an existing run folder, None if there is none."""
+    """Config and paths of an existing run folder, None if there is none.
+
+    Raises:
+        UsageError: if the folder is another artifact, or the record is of another schema.
+        ArtifactError: if the record was changed.
+    """
+    check_run_path(run_path)
     record_path = run_path / "config.json"
     if not record_path.exists():
         return None
