@@ -33,7 +33,7 @@ from t5pegasus.train.run import RunPaths, train_run
 logger = logging.getLogger(__name__)
 
 LOSS = "heldout-loss"
-RESULT = "scores.json"
+RESULT = "cell.json"
 
 
 @dataclasses.dataclass(frozen=True)

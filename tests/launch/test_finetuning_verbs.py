@@ -169,9 +169,9 @@ def test_few_shot_makes_a_table_once_and_then_only_what_is_missing(checkpoint, p
     for seed in (0, 1):
         small, large = ((output_path / f"size-{size}-seed-{seed}" / "train.jsonl").read_text() for size in (2, 4))
         assert large.startswith(small)
-    with pytest.raises(ArtifactError, match=r"size-4-seed-0/scores.json was made with the training set of .*; choose"):
+    with pytest.raises(ArtifactError, match=r"size-4-seed-0/cell.json was made with the training set of .*; choose"):
         few_shot.main(command(4, train="dev"))
-    with pytest.raises(ArtifactError, match=r"size-0/scores.json was made with train.steps=3, got 4; choose another"):
+    with pytest.raises(ArtifactError, match=r"size-0/cell.json was made with train.steps=3, got 4; choose another"):
         few_shot.main([*command(4), "--updates", "4"])
     with pytest.raises(UsageError, match=r"wants 41 different pairs, .*train.jsonl holds 40 that can be used"):
         few_shot.main(command(4, 41))
