@@ -53,6 +53,10 @@ class Evaluate:
                 f"--summaries {self.summaries} scores what is written; the flags of how to write, such as num_beams, "
                 "are for a checkpoint: leave them out"
             )
+        if self.output_path is not None and self.output_path.is_file():
+            raise UsageError(
+                f"output {self.output_path} is a file, a folder was wanted; give the folder for both files"
+            )
         if self.max_examples is not None and self.max_examples < 1:
             raise UsageError(f"max_examples={self.max_examples} must be at least 1")
 

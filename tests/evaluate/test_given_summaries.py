@@ -93,6 +93,8 @@ def test_either_a_checkpoint_or_summaries(tmp_path, pairs_path, capsys):
     assert "num_resamples=0" in capsys.readouterr().err
     assert evaluate(tmp_path / "w.txt", pairs_path, "--num-beams", "4") == 2
     assert "leave them out" in capsys.readouterr().err
+    assert evaluate(tmp_path / "w.txt", pairs_path, "--output-path", str(pairs_path)) == 2
+    assert "is a file, a folder was wanted" in capsys.readouterr().err
 
 
 def test_given_summaries_need_no_jax():
