@@ -122,6 +122,10 @@ class ModelConfig(_JsonRoundTrip):
         for name in ("vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "num_encoder_layers", "num_decoder_layers"):
             _require(getattr(self, name) >= 1, f"model.{name}={getattr(self, name)} must be at least 1")
         _require(0.0 <= self.dropout_rate < 1.0, f"model.dropout_rate={self.dropout_rate} must lie in [0, 1)")
+        _require(
+            0.0 < self.layer_norm_epsilon < math.inf,
+            f"model.layer_norm_epsilon={self.layer_norm_epsilon} must be a positive number",
+        )
         buckets = self.relative_attention_num_buckets
         _require(
             buckets >= 4 and buckets % 4 == 0,

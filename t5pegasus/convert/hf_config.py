@@ -25,6 +25,15 @@ DEFAULTS = {
     "eos_token_id": 1,
 }
 """What transformers takes for a field that config.json leaves out."""
+NUMBERS = ("dropout_rate", "layer_norm_epsilon")
+OPTIONAL = {
+    "feed_forward_proj": (str, "a name"),
+    "dense_act_fn": (str, "a name"),
+    "is_gated_act": (bool, "true or false"),
+    "tie_word_embeddings": (bool, "true or false"),
+    "scale_decoder_outputs": (bool, "true or false"),
+}
+"""What fields hold that may be absent; a "false" in quotes would otherwise count as true."""
 ACTIVATIONS = {
     (True, "gelu_new"): "gated-gelu",
     (True, "gelu_pytorch_tanh"): "gated-gelu",
@@ -52,7 +61,8 @@ def model_from_hf_config(values: dict[str, Any], path: Path, *, own_head: bool) 
         own_head: whether the weights hold an `lm_head.weight` that differs from `shared.weight`.
 
     Raises:
-        UsageError: naming the field, if ours would compute something else, or a size is missing.
+        UsageError: naming the field, if ours would compute something else, a size is missing, or a field is of
+            another type.
     """
     if values.get("model_type") not in ("mt5", "t5"):
         raise UsageError(
@@ -62,9 +72,13 @@ def model_from_hf_config(values: dict[str, Any], path: Path, *, own_head: bool) 
     given = DEFAULTS | {key: value for key, value in values.items() if value is not None}
     given.setdefault("num_decoder_layers", given.get("num_layers"))
     given.setdefault("decoder_start_token_id", given["pad_token_id"])
-    for field in (*SAME_NAMES, "num_layers"):
-        if not isinstance(given.get(field), int | float):
-            raise UsageError(f"{path}: {field} is {given.get(field)!r}, a number was wanted; complete the file")
+    wanted = dict.fromkeys((*SAME_NAMES, "num_layers"), (int, "a whole number"))
+    wanted |= dict.fromkeys(NUMBERS, (int | float, "a number"))
+    wanted |= {field: kind for field, kind in OPTIONAL.items() if field in given}
+    for field, (kind, words) in wanted.items():
+        value = given.get(field)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise UsageError(f"{path}: {field} is {value!r}, {words} was wanted; correct or complete the file")
     return ModelConfig(
         num_encoder_layers=given["num_layers"],
         **{name: given[name] for name in SAME_NAMES},
@@ -75,7 +89,7 @@ def model_from_hf_config(values: dict[str, Any], path: Path, *, own_head: bool) 
 
 
 def model_to_hf_config(model: ModelConfig) -> dict[str, Any]:
-    """Hugging Face's config.json for a model whose logits it can express (see `hf.losses_of_export`).
+    """Hugging Face's config.json for a model whose logits it can express (see `hf.list_losses`).
 
     An own head goes into MT5, which never scales, a tied one into T5, where scaling can be said.
     """

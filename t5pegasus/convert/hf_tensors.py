@@ -50,13 +50,11 @@ class HfTensor(NamedTuple):
         return np.ascontiguousarray(turned)
 
 
-def list_hf_tensors(config: ModelConfig) -> list[HfTensor]:
+def list_hf_tensors(config: ModelConfig) -> Iterator[HfTensor]:
     """All tensors of a model; those of one parameter stand together."""
-    return [
-        HfTensor(hf_name, _matrix_shape(spec.shape[len(spec.axes) - len(axes) :], axes), name, index, axes)
-        for name, spec in declare_parameters(config).items()
-        for hf_name, index, axes in _places(name, spec)
-    ]
+    for name, spec in declare_parameters(config).items():
+        for hf_name, index, axes in _places(name, spec):
+            yield HfTensor(hf_name, _matrix_shape(spec.shape[len(spec.axes) - len(axes) :], axes), name, index, axes)
 
 
 def parameters_to_hf(parameters: Mapping[str, Any], config: ModelConfig) -> dict[str, np.ndarray]:
@@ -80,21 +78,36 @@ def parameters_from_hf(tensors: MutableMapping[str, np.ndarray], config: ModelCo
             floating point.
     """
     _drop_copies(tensors, tied=config.tie_word_embeddings)
+    _check_tensors(tensors, config)
     parameters = {name: np.empty(spec.shape, np.float32) for name, spec in declare_parameters(config).items()}
     for hf_name, _, name, index, axes in list_hf_tensors(config):
-        if hf_name not in tensors:
+        target, tensor = parameters[name][index], tensors.pop(hf_name)
+        target[...] = tensor if _num_input_axes(axes) == 0 else tensor.T.reshape(target.shape)
+    return parameters
+
+
+def _check_tensors(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> None:
+    """Refuse what does not fit before anything is allocated: a config's sizes can be larger than any memory."""
+    surplus = set(tensors)
+    for hf_name, shape, name, _, _ in list_hf_tensors(config):
+        tensor = tensors.get(hf_name)
+        if tensor is None:
             raise ArtifactError(
                 f"tensor {hf_name} is missing, and {name} needs it; a model with {config.num_encoder_layers}+"
                 f"{config.num_decoder_layers} layers, {config.feed_forward_proj} and "
                 f"{'a tied' if config.tie_word_embeddings else 'an untied'} head was wanted"
             )
-        parameters[name][index] = _from_matrix(tensors.pop(hf_name), axes, parameters[name][index].shape, hf_name)
-    if tensors:
+        if tensor.shape != shape:
+            raise ArtifactError(f"tensor {hf_name} has shape {tensor.shape}, config.json asks for {shape}")
+        # bfloat16 is no subtype of np.floating, but it goes to float32 without loss as the others do.
+        if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"):
+            raise ArtifactError(f"tensor {hf_name} has type {tensor.dtype}, a floating-point one was wanted")
+        surplus.discard(hf_name)
+    if surplus:
         raise ArtifactError(
-            f"tensor {min(tensors)} has no place in this {config.numerics} model ({len(tensors)} such); "
+            f"tensor {min(surplus)} has no place in this {config.numerics} model ({len(surplus)} such); "
             "another architecture cannot be converted, it would compute something else"
         )
-    return parameters
 
 
 def _drop_copies(tensors: MutableMapping[str, np.ndarray], *, tied: bool) -> None:
@@ -137,14 +150,3 @@ def _num_input_axes(axes: tuple[str, ...]) -> int:
 def _matrix_shape(shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
     inputs = _num_input_axes(axes)
     return shape if inputs == 0 else (int(np.prod(shape[inputs:])), int(np.prod(shape[:inputs])))
-
-
-def _from_matrix(tensor: np.ndarray, axes: tuple[str, ...], shape: tuple[int, ...], hf_name: str) -> np.ndarray:
-    wanted = _matrix_shape(shape, axes)
-    if tensor.shape != wanted:
-        raise ArtifactError(f"tensor {hf_name} has shape {tensor.shape}, config.json asks for {wanted}")
-    # bfloat16 is no subtype of np.floating, but it goes to float32 without loss as the others do.
-    if not (np.issubdtype(tensor.dtype, np.floating) or tensor.dtype.name == "bfloat16"):
-        raise ArtifactError(f"tensor {hf_name} has type {tensor.dtype}, a floating-point one was wanted")
-    wide = tensor.astype(np.float32)
-    return wide if _num_input_axes(axes) == 0 else wide.T.reshape(shape)

@@ -73,7 +73,12 @@ def test_config_round_trip(name: str):
         ({"feed_forward_proj": "gated-silu", "dense_act_fn": "absent"}, "feed_forward_proj is 'gated-silu'"),
         ({"dense_act_fn": "silu"}, "dense_act_fn is 'silu'"),
         ({"feed_forward_proj": "gelu", "is_gated_act": False, "dense_act_fn": "absent"}, "feed_forward_proj is 'gelu'"),
-        ({"d_model": None}, "d_model is None, a number was wanted"),
+        ({"d_model": None}, "d_model is None, a whole number was wanted"),
+        ({"d_model": 12.0}, "d_model is 12.0, a whole number was wanted"),
+        ({"num_heads": True}, "num_heads is True, a whole number was wanted"),
+        ({"dropout_rate": "0.1"}, "dropout_rate is '0.1', a number was wanted"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', true or false was wanted"),
+        ({"dense_act_fn": ["gelu_new"]}, r"dense_act_fn is \['gelu_new'\], a name was wanted"),
         ({"scale_decoder_outputs": True}, "scale_decoder_outputs is True, but transformers never scales.*t5"),
     ],
 )
@@ -124,6 +129,9 @@ def test_a_tokenizer_of_another_model_is_refused(exported, tmp_path: Path, field
             "embed_tokens.weight has no place",
         ),
         (lambda c, _: c.update(d_ff=21), r"has shape \(20, 12\), config.json asks for \(21, 12\)"),
+        # Larger than any memory: neither the arrays nor the list of the names may be made.
+        (lambda c, _: c.update(d_model=10**12), r"config\.json asks for \(.*1000000000000.*\)"),
+        (lambda c, _: c.update(num_layers=10**12), r"encoder\.block\.3\.\S+ is missing"),
         (lambda _, t: t.update({"lm_head.weight": t["lm_head.weight"].astype(np.int8)}), "int8"),
     ],
 )
