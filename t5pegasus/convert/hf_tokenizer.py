@@ -34,7 +34,7 @@ def write_tokenizer_files(tokenizer: Tokenizer, tokenizer_path: Path, output_pat
     own: dict[str, Any] = {"model_max_length": max_source_tokens, "split_special_tokens": True}
     if tokenizer.kind == "sentencepiece":
         shutil.copyfile(tokenizer_path / "spiece.model", output_path / "spiece.model")
-        fast = fast_tokenizer_json((tokenizer_path / "spiece.model").read_bytes())
+        fast = fast_tokenizer_json((tokenizer_path / "spiece.model").read_bytes(), tokenizer)
         if fast is None:
             # A class that does not exist: AutoTokenizer then says that it cannot load it instead of guessing.
             write_json(output_path / "tokenizer_config.json", own | {"tokenizer_class": "SentencepieceTokenizer"})
@@ -60,13 +60,17 @@ _SPECIALS = {"pad": 0, "eos": 1, "unk": 2}
 """Their places in `added_tokens`."""
 
 
-def fast_tokenizer_json(serialized: bytes) -> dict[str, Any] | None:
+def fast_tokenizer_json(serialized: bytes, tokenizer: Tokenizer) -> dict[str, Any] | None:
     """A sentencepiece model in the format of the `tokenizers` library (its tokenizer.json).
 
     The text is normalised, gets `▁` in front and for its spaces, and is segmented as a whole, so that the pieces are
     sentencepiece's. It is split before at two places alone: around pieces that the user defined, which always win;
     and after the first character of something like `</s>` that the text itself spells out, which sentencepiece never
     takes for the special. (There, a model that does not know `<` gives one unknown more.)
+
+    Args:
+        serialized: the model.
+        tokenizer: made of it; knows the special ids.
 
     Returns:
         The JSON object; None for what it cannot be sure to say with the same ids: models other than unigram, and
@@ -83,8 +87,8 @@ def fast_tokenizer_json(serialized: bytes) -> dict[str, Any] | None:
     defined = sorted((piece.piece for piece in pieces if piece.type == _USER_DEFINED), key=len, reverse=True)
     others = [piece.piece for piece in pieces if piece.type in (_UNKNOWN, _CONTROL, _UNUSED)]
     literals = [*map(re.escape, others), *(["<0x[0-9A-F]{2}>"] if bytes_known else [])]
-    trainer = model.trainer_spec
-    ids = {"pad": trainer.pad_id, "eos": trainer.eos_id, "unk": trainer.unk_id}
+    # Not those of the trainer's options: sentencepiece itself goes by the pieces, and these may be -1 beside them.
+    ids = {"pad": tokenizer.pad_id, "eos": tokenizer.end_id, "unk": tokenizer.unk_id}
     end = pieces[ids["eos"]].piece
     spaces: list[dict[str, Any]] = [
         {"type": "Replace", "pattern": {"Regex": rf"\A +|[ {SPACE}]+\z"}, "content": ""},

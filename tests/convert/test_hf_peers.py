@@ -1,12 +1,14 @@
 """What transformers 5 makes of an export: our logits, our summaries, our token ids."""
 
 import dataclasses
+import io
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 from hf_models import (
     LOSSLESS,
     MODEL,
@@ -30,6 +32,7 @@ from t5pegasus.generate.search import generate
 from t5pegasus.sample import TRAIN_PATH
 from t5pegasus.text.read import read_documents
 from t5pegasus.text.tokenizer import Tokenizer, adopt_vocabulary
+from t5pegasus.text.tokenizer.sentencepiece import SentencepieceTokenizer
 from t5pegasus.text.tokenizer.training import train_sentencepiece
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
@@ -246,6 +249,21 @@ def test_published_sentencepiece_models_give_their_ids(tmp_path: Path, sample_te
 
     tokenizer = adopt_vocabulary(shared_data / "vocab" / name)
     texts = [text for text in sample_texts if "</s>" not in text or not name.startswith("seqio")]
+    check_tokenizer(tokenizer, AutoTokenizer.from_pretrained(export_tokenizer(tokenizer, tmp_path)), texts)
+
+
+def test_specials_are_found_by_their_pieces(tmp_path: Path):
+    """As in XLNet's models: pad and end are control symbols, and the trainer's options know no ids of them."""
+    from transformers import AutoTokenizer
+
+    texts = ["今天天气很好，我们去公园散步。", "人工智能的发展很快。"]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts * 20), model_writer=model, vocab_size=60, pad_id=-1, eos_id=-1, bos_id=-1,
+        unk_id=0, control_symbols="<pad>,</s>", hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = SentencepieceTokenizer(model.getvalue())
+    assert (tokenizer.pad_id, tokenizer.end_id, tokenizer.unk_id) == (1, 2, 0)
     check_tokenizer(tokenizer, AutoTokenizer.from_pretrained(export_tokenizer(tokenizer, tmp_path)), texts)
 
 
