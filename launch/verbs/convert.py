@@ -63,6 +63,8 @@ class Convert:
             raise UsageError("OUTPUT is missing, the folder to create; or give --check to look only")
         if self.text is not None and not self.check:
             raise UsageError(f"--text {self.text} is what --check measures on; give --check, too")
+        if self.lossy and (self.check or self.retokenize is not None):
+            raise UsageError("--lossy is for an export; neither --check nor --retokenize makes one: leave it out")
         if self.check and self.retokenize is not None:
             raise UsageError("--retokenize writes a checkpoint, --check nothing; retokenize first, then check OUTPUT")
 

@@ -18,7 +18,7 @@ from t5pegasus.errors import DataError
 from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sample import TRAIN_PATH
-from t5pegasus.text.read import Document, read_documents
+from t5pegasus.text.read import Document, describe_dropped, read_documents
 
 SCALE_IS_WRONG = 20.0
 """Nats per token that no model reaches by being bad, only by logits of another scale."""
@@ -63,6 +63,8 @@ class Check:
     def verdict(self) -> str:
         """What the loss means, in one sentence."""
         guessing = math.log(self.imported.model.vocab_size)
+        if not math.isfinite(self.loss):
+            return "Not a number: the parameters, or what they compute, are not finite; the source is damaged."
         if self.loss > SCALE_IS_WRONG:
             return (
                 f"Far above guessing ({guessing:.2f}): the logits have another scale. 80 or more is what a port of T5 "
@@ -94,10 +96,10 @@ def make_examples(
         UsageError: if the file is missing, or of a kind that cannot be read.
         DataError: if it gives no example.
     """
-    kind, documents = _read_text(text_path or TRAIN_PATH)
+    reasons: Counter[str] = Counter()
+    kind, documents = _read_text(text_path or TRAIN_PATH, reasons)
     of_what = f"{'pairs' if kind == 'pairs' else 'pseudo-summaries'} of {text_path or 'the embedded sample'}"
     chain = Chain(kind, imported.tokenizer, config.data.max_source_tokens, config.data.max_target_tokens)
-    reasons: Counter[str] = Counter()
     examples: list[Example] = []
     for document in documents:
         made = chain.run(document)
@@ -108,8 +110,8 @@ def make_examples(
         if len(examples) >= max_examples:
             break
     if not examples:
-        why = ", ".join(f"{count} documents: {reason}" for reason, count in reasons.items()) or "it holds no document"
-        raise DataError(f"{text_path}: no example can be made ({why}); give longer texts, or pairs {{text, summary}}")
+        why = describe_dropped(reasons) or "nothing is in it"
+        raise DataError(f"no example can be made of {of_what} ({why}); give longer texts, or pairs {{text, summary}}")
     return examples[:max_examples], of_what
 
 
@@ -131,14 +133,14 @@ def check_model(
     )
 
 
-def _read_text(path: Path) -> tuple[Kind, Iterable[Document]]:
-    """Pairs if the file holds any, else documents."""
+def _read_text(path: Path, dropped: Counter[str]) -> tuple[Kind, Iterable[Document]]:
+    """Pairs if the file holds any, else documents, of which those that cannot be used are counted."""
     if path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".tsv")):
         pairs = read_pairs(check_pair_paths([path]), Counter())
         first = list(itertools.islice(pairs, 1))
         if first:
             return "pairs", itertools.chain(first, pairs)
-    return "pretrain", read_documents([path])
+    return "pretrain", read_documents([path], dropped)
 
 
 def _describe_numerics(imported: Imported) -> str:

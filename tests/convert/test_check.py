@@ -83,8 +83,21 @@ def test_a_model_that_knows_nothing_is_near_guessing(tmp_path: Path, text: Path,
 def test_a_text_without_examples_is_refused(checkpoints, tmp_path: Path):
     short = tmp_path / "short.jsonl"
     short.write_text('{"text": "天。"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="no example can be made"):
+    with pytest.raises(DataError, match=r"no example can be made of pseudo-summaries of .*short\.jsonl"):
         convert.main(["--check", str(checkpoints["hf-mt5"]), "--text", str(short)])
+    short.write_text("not JSON\n" * 3, encoding="utf-8")
+    with pytest.raises(DataError, match=r"not valid JSON \(3\)"):
+        convert.main(["--check", str(checkpoints["hf-mt5"]), "--text", str(short)])
+
+
+def test_a_model_that_is_not_finite_is_not_called_good(exported, text: Path, tmp_path: Path, capsys):
+    broken = copy_with(
+        exported["hf-mt5"], tmp_path / "broken", lambda _, tensors: tensors["shared.weight"].fill(np.nan)
+    )
+    printed = run(capsys, "--check", broken, "--text", text)
+    assert "nan nats" in printed
+    assert "not finite" in printed
+    assert "guessing" not in printed
 
 
 def test_retokenize_writes_a_checkpoint_and_what_became_of_each_token(checkpoints, text: Path, tmp_path: Path, capsys):
@@ -112,6 +125,8 @@ def test_retokenize_writes_a_checkpoint_and_what_became_of_each_token(checkpoint
         (["SOURCE", "out", "--numerics", "hf-mt5"], "--numerics is for a foreign source"),
         (["SOURCE", "out", "--tokenizer-path", "t"], "--tokenizer-path is for a foreign source"),
         (["HF", "out", "--lossy"], "--lossy is for an export"),
+        (["SOURCE", "--check", "--lossy"], "--lossy is for an export"),
+        (["SOURCE", "out", "--retokenize", "t", "--lossy"], "--lossy is for an export"),
     ],
 )
 def test_flags_that_mean_nothing_are_refused(checkpoints, exported, tmp_path: Path, monkeypatch, argv, message: str):
