@@ -111,12 +111,13 @@ def join_tokenizer(foreign: Foreign, tokenizer: Tokenizer, where: Path) -> Impor
         UsageError: naming the field, if an id or the size differs.
     """
     model = foreign.model
+    # Only a config.json can be corrected; the ids of other sources stand in their vocabulary, or are their format's.
+    correct = f", or correct {where.name} if that is the mistaken one" if where.name == "config.json" else ""
     for field, name in TOKEN_IDS.items():
         if getattr(model, field) != getattr(tokenizer, name):
             raise UsageError(
                 f"{where}: {field} is {getattr(model, field)}, the {tokenizer.kind} tokenizer's is "
-                f"{getattr(tokenizer, name)}; give the tokenizer it was trained with, or correct {where.name} if that "
-                "is the mistaken one"
+                f"{getattr(tokenizer, name)}; give the tokenizer it was trained with{correct}"
             )
     num_padding_rows = model.vocab_size - tokenizer.vocab_size
     if not 0 <= num_padding_rows <= MAX_PADDING_ROWS:

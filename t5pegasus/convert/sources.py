@@ -49,7 +49,7 @@ def open_source(path: Path, numerics: str | None = None) -> tuple[Foreign, Path]
     if numerics is not None:
         raise UsageError(f"--numerics is for Hugging Face folders; {path} says itself what it computes: leave it out")
     if is_bert4keras_folder(path):
-        return read_bert4keras(path), path / "config.json"
+        return read_bert4keras(path), path / "vocab.txt"
     if is_t5x(path):
         return read_t5x(path), path
     raise UsageError(

@@ -77,8 +77,9 @@ def read_t5x(path: Path) -> Foreign:
     )
     if tied:
         assumed += ("logits are scaled by d_model^-0.5, as T5X does where the embedding is the head",)
-    parameters = gather_parameters(model, shapes, names, arrays.__getitem__, file)
     stored_dtype = ", ".join(sorted({array.dtype.name for array in arrays.values()}))
+    # Taken out one by one, so that a large model does not lie in memory twice.
+    parameters = gather_parameters(model, shapes, names, arrays.pop, file)
     return Foreign(model, parameters, None, assumed, stored_dtype)
 
 

@@ -55,7 +55,7 @@ def test_the_model_is_what_was_written(tmp_path: Path, later: bool):
     folder = write_folder(tmp_path / "model", variables_of(MODEL, later=later))
     assert is_foreign(folder)
     foreign, where = open_source(folder)
-    assert where == folder / "config.json"
+    assert where == folder / "vocab.txt"
     assert foreign.model == MODEL
     assert foreign.vocabulary_path == folder / "vocab.txt"
     assert any("cross-attention" in sentence for sentence in foreign.assumed)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from hf_models import draw_parameters, load_parameters
+from hf_models import WORDS, draw_parameters, load_parameters
 from test_bert4keras import MODEL as BERT4KERAS_MODEL
 from test_bert4keras import variables_of, write_folder
 from test_t5x import MODEL as T5X_MODEL
@@ -18,6 +18,7 @@ from t5pegasus.checkpoint import load_checkpoint_info
 from t5pegasus.convert.sources import is_foreign, open_source
 from t5pegasus.errors import UsageError
 from t5pegasus.text.tokenizer.sentencepiece import SentencepieceTokenizer
+from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
 NUM_PADDING_ROWS = 7
 
@@ -55,6 +56,15 @@ def test_a_t5x_file_becomes_a_checkpoint_with_the_tokenizer_given(tmp_path: Path
     drawn["lm_head"] = drawn["lm_head"][:, :-NUM_PADDING_ROWS]
     for name, array in drawn.items():
         np.testing.assert_array_equal(written[name], array)
+
+
+def test_ids_of_a_format_are_not_said_to_be_correctable(tmp_path: Path, capfd):
+    source = write_t5x(tmp_path / "checkpoint_1000", arrays_of(T5X_MODEL))
+    WordpieceTokenizer(WORDS).save(tmp_path / "tokenizer")
+    assert (
+        cli.main(["convert", str(source), str(tmp_path / "out"), "--tokenizer-path", str(tmp_path / "tokenizer")]) == 2
+    )
+    assert capfd.readouterr().err.rstrip().endswith("is 2; give the tokenizer it was trained with")
 
 
 def test_a_bert4keras_folder_becomes_a_checkpoint_with_its_own_vocabulary(tmp_path: Path, capfd):
