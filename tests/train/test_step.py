@@ -79,7 +79,7 @@ def test_with_every_option_meshes_and_micro_batches_give_the_same_update_too(wit
         with_every_option, train=dataclasses.replace(with_every_option.train, accumulation_steps=2)
     )
     (losses, parameters), (wanted_losses, wanted) = (
-        two_updates(config, batches, (1, 2, 2)), two_updates(with_every_option, batches, (1, 1, 1))
+        two_updates(config, batches, (2, 2, 2)), two_updates(with_every_option, batches, (1, 1, 1))
     )  # fmt: skip
     np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
     for name, array in wanted.items():
