@@ -172,7 +172,7 @@ class _EventFile:
 
     def __init__(self, folder: Path, purge_step: int):
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.proto.event_pb2 import SessionLog  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
         self._folder = folder
         folder.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ class _EventFile:
             self._writer.close()
 
     def _write(self, **fields: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] - made at run time
 
         with writing(self._folder):
             self._writer.write_event(Event(wall_time=time.time(), **fields))
