@@ -22,12 +22,12 @@ from launch.validation import make_scorer, score_summaries_of
 from t5pegasus.checkpoint import load_checkpoint_info, load_parameters, verify_checkpoint
 from t5pegasus.config import SCHEMA, RunConfig, read_json, write_json
 from t5pegasus.corpus.build import BuildConfig, build_examples
-from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
+from t5pegasus.corpus.pairs import NOT_A_PAIR, check_pair_paths, read_pairs
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.text.clean import clean_text
-from t5pegasus.text.read import Document
+from t5pegasus.text.read import Document, describe_dropped
 from t5pegasus.train.run import RunPaths, train_run
 
 logger = logging.getLogger(__name__)
@@ -166,11 +166,18 @@ def _smallest(chosen: dict[bytes, Document], size: int) -> dict[bytes, Document]
 
 
 def _usable(path: Path) -> Iterator[Document]:
-    """Pairs as training would take them: cleaned, with two sides."""
-    for document in read_pairs(check_pair_paths([path]), Counter()):
-        text, title = clean_text(document.text), clean_text(document.title or "")
-        if text and title:
-            yield Document(document.id, text, title=title)
+    """Pairs as training would take them: cleaned, with two sides; what is left out until then is logged."""
+    dropped: Counter[str] = Counter()
+    try:
+        for document in read_pairs(check_pair_paths([path]), dropped):
+            text, title = clean_text(document.text), clean_text(document.title or "")
+            if text and title:
+                yield Document(document.id, text, title=title)
+            else:
+                dropped[NOT_A_PAIR] += 1
+    finally:
+        if dropped:
+            logger.warning("%s: left out %s", path, describe_dropped(dropped))
 
 
 def _first(pairs: Iterator[Document], count: int) -> list[Document]:

@@ -57,6 +57,8 @@ class Convert:
         for name in ("max_examples", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name}={getattr(self, name)} must be at least 1")
+            if not self.check and getattr(self, name) != getattr(type(self), name):
+                raise UsageError(f"{name}={getattr(self, name)} is of the check; give --check, too, or leave it out")
         if self.check and self.output is not None:
             raise UsageError(f"OUTPUT {self.output} is given, but --check writes nothing; leave one of them out")
         if not self.check and self.output is None:

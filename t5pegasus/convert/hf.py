@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, load_parameters
-from t5pegasus.config import NUMERICS, ModelConfig, read_json, write_json
+from t5pegasus.config import ModelConfig, read_json, write_json
 from t5pegasus.convert.foreign import Foreign
 from t5pegasus.convert.hf_config import model_from_hf_config, model_to_hf_config
 from t5pegasus.convert.hf_tensors import HEAD, HfTensor, has_own_head, list_hf_tensors, parameters_from_hf
@@ -53,9 +53,7 @@ def read_hf(folder: Path, numerics: str | None = None) -> Foreign:
         _refuse_port(values, config_path, vocabulary_path)
     tensors = read_tensors(folder)
     own_head = has_own_head(tensors) or (HEAD in tensors and values.get("tie_word_embeddings") is False)
-    model = model_from_hf_config(values, config_path, own_head=own_head)
-    if numerics is not None:
-        model = dataclasses.replace(model, **NUMERICS[numerics])
+    model = model_from_hf_config(values, config_path, own_head=own_head, numerics=numerics)
     stored_dtype = ", ".join(sorted({tensor.dtype.name for tensor in tensors.values()}))
     return Foreign(model, parameters_from_hf(tensors, model), vocabulary_path, stored_dtype=stored_dtype)
 

@@ -7,7 +7,7 @@ head of their own: it reports every MT5 and T5 as tied, and unties those whose f
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import ModelConfig
+from t5pegasus.config import NUMERICS, ModelConfig
 from t5pegasus.errors import UsageError
 
 SAME_NAMES = (
@@ -52,13 +52,16 @@ FEED_FORWARDS = {
 """Our `feed_forward_proj` → Hugging Face's, and the dense_act_fn it resolves to."""
 
 
-def model_from_hf_config(values: dict[str, Any], path: Path, *, own_head: bool) -> ModelConfig:
+def model_from_hf_config(
+    values: dict[str, Any], path: Path, *, own_head: bool, numerics: str | None = None
+) -> ModelConfig:
     """The ModelConfig of a Hugging Face config.json.
 
     Args:
         values: the content of config.json.
         path: of that file, for messages.
         own_head: whether the weights hold an `lm_head.weight` that differs from `shared.weight`.
+        numerics: a name of `NUMERICS` that stands for what the file says of them.
 
     Raises:
         UsageError: naming the field, if ours would compute something else, a size is missing, or a field is of
@@ -79,9 +82,11 @@ def model_from_hf_config(values: dict[str, Any], path: Path, *, own_head: bool) 
         value = given.get(field)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise UsageError(f"{path}: {field} is {value!r}, {words} was wanted; correct or complete the file")
+    sizes = {"num_encoder_layers": given["num_layers"]} | {name: given[name] for name in SAME_NAMES}
+    if numerics is not None:
+        return ModelConfig(**sizes, **NUMERICS[numerics])
     return ModelConfig(
-        num_encoder_layers=given["num_layers"],
-        **{name: given[name] for name in SAME_NAMES},
+        **sizes,
         feed_forward_proj=_read_feed_forward(given, path),
         tie_word_embeddings=_read_tied(given, path, own_head),
         scale_decoder_outputs=_read_scaled(given, path, own_head),

@@ -66,9 +66,12 @@ class Check:
         if not math.isfinite(self.loss):
             return "Not a number: the parameters, or what they compute, are not finite; the source is damaged."
         if self.loss > SCALE_IS_WRONG:
-            return (
-                f"Far above guessing ({guessing:.2f}): the logits have another scale. 80 or more is what a port of T5 "
-                "PEGASUS gives whose logit scale is missing; try --numerics bert4keras."
+            scaled = self.imported.model.scale_decoder_outputs
+            return f"Far above guessing ({guessing:.2f}): the logits have another scale than in training. " + (
+                "These numerics scale them by d_model^-0.5, which the weights seem not to be made for."
+                if scaled
+                else "80 or more is what a port of T5 PEGASUS gives whose logit scale is missing: read its Hugging "
+                "Face folder with --numerics bert4keras."
             )
         if self.loss > guessing:
             return (
@@ -135,10 +138,12 @@ def check_model(
 
 def _read_text(path: Path, dropped: Counter[str]) -> tuple[Kind, Iterable[Document]]:
     """Pairs if the file holds any, else documents, of which those that cannot be used are counted."""
-    if path.name.removesuffix(".gz").removesuffix(".zst").endswith((".jsonl", ".tsv")):
-        pairs = read_pairs(check_pair_paths([path]), Counter())
+    name = path.name.removesuffix(".gz").removesuffix(".zst")
+    if name.endswith((".jsonl", ".tsv")):
+        only_pairs = name.endswith(".tsv")
+        pairs = read_pairs(check_pair_paths([path]), dropped if only_pairs else Counter())
         first = list(itertools.islice(pairs, 1))
-        if first:
+        if first or only_pairs:
             return "pairs", itertools.chain(first, pairs)
     return "pretrain", read_documents([path], dropped)
 
