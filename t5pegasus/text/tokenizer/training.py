@@ -28,7 +28,7 @@ MAX_PIECE_WORDS = 30_000
 """`##` pieces are taken from this many of the most frequent ASCII words."""
 MAX_PIECE_CHARACTERS = 10
 MAX_SENTENCEPIECE_SENTENCES = 2_000_000
-"""Of longer corpora a fixed sample of this size trains the model (about 200 MB of text)."""
+"""Of longer corpora a fixed sample of this size trains the model (about 200 MB of text, which take 4 GB)."""
 
 _ASCII_CHARACTERS = "".join(chr(code) for code in range(33, 127) if not chr(code).isupper())
 _PUNCTUATION = "，。、；：？！…—·～“”‘’（）《》〈〉【】〔〕「」『』［］｛｝／％＋－＝￥°℃×÷±→"
