@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from t5pegasus.arrays import load_arrays, save_arrays
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
-from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.errors import ArtifactError, reading, writing
 
 logger = logging.getLogger(__name__)
 
@@ -82,14 +82,15 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     _synchronise(f"begin {path}")
-    save_arrays(unfinished, arrays)
-    if first:
-        shutil.copytree(tokenizer_path, unfinished / "tokenizer")
-        write_json(unfinished / "checkpoint.json", info.to_json())
-        if add_files is not None:
-            add_files(unfinished)
-        write_json(unfinished / MANIFEST, _describe_files(unfinished))
-        _put_in_place(unfinished, path)
+    with writing(unfinished):
+        save_arrays(unfinished, arrays)
+        if first:
+            shutil.copytree(tokenizer_path, unfinished / "tokenizer")
+            write_json(unfinished / "checkpoint.json", info.to_json())
+            if add_files is not None:
+                add_files(unfinished)
+            write_json(unfinished / MANIFEST, _describe_files(unfinished))
+            _put_in_place(unfinished, path)
     _synchronise(f"end {path}")
 
 
