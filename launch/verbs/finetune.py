@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -30,7 +31,7 @@ class TrainFlags(TrainConfig):
     """Score of the held-out pairs (loss, accuracy, rouge-l or another one of `t5pegasus evaluate`) whose best
     checkpoint is kept beside the last ones; the run's name then means that one."""
     patience: Annotated[int, tyro.conf.arg(aliases=["--patience"])] = 0
-    """With keep_best: stop after so many evaluations without a better one; 0 never does."""
+    """With --keep-best: stop after so many evaluations without a better one; 0 never does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,20 @@ def _build_pairs(pairs_path: Path, tokenizer_path: Path, output_path: Path, data
     if jax.process_index() == 0:
         lengths = {"max_source_tokens": data.max_source_tokens, "max_target_tokens": data.max_target_tokens}
         build_examples([pairs_path], tokenizer_path, output_path, BuildConfig(kind="pairs", **lengths))
+        print(f"{pairs_path}: {describe_pairs(output_path, data)}", file=sys.stderr)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"pairs built in {output_path}")
     return output_path
+
+
+def describe_pairs(examples_path: Path, data: DataConfig) -> str:
+    """How many pairs are used, how many were left out and why, and how many are as long as a row allows."""
+    from t5pegasus.data.shards import ExampleShards
+
+    with ExampleShards(examples_path) as shards:
+        documents = shards.manifest["documents"]
+        sources, targets = (shards.lengths >= (data.max_source_tokens, data.max_target_tokens)).sum(axis=0)
+    dropped = "".join(f", {count:,} left out: {reason}" for reason, count in documents["dropped"].items())
+    cut = f"; cut off where longer: {sources:,} texts at {data.max_source_tokens} tokens, "
+    cut += f"{targets:,} summaries at {data.max_target_tokens}"
+    return f"{documents['kept']:,} of {documents['read']:,} pairs{dropped}" + (cut if sources or targets else "")

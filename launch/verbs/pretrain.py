@@ -92,6 +92,7 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
     import jax
 
     from t5pegasus.checkpoint import best_steps, find_last_good, load_checkpoint_info
+    from t5pegasus.train.early_stopping import has_stopped
 
     if jax.process_index() != 0:
         return
@@ -99,7 +100,10 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
     if info.history:
         losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in info.history[-3:])
         print(f"held-out loss: {losses}")
-    score = info.config.train.keep_best
+    train = info.config.train
+    score = train.keep_best
+    if score is not None and info.step < train.steps and has_stopped(train, info.history):
+        print(f"stopped at step {info.step} of {train.steps}: {score} did not improve in {train.patience} evaluations")
     for entry in info.history:
         if score is not None and entry.get("best") and entry["step"] == best_steps(info.history)[-1]:
             print(f"best {score}: {entry[score]:.4f} at step {entry['step']}; the run's name means this checkpoint")

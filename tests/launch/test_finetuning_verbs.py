@@ -90,6 +90,27 @@ def test_it_keeps_the_best_by_a_score_of_summaries_of_sources_longer_than_in_pre
     assert capsys.readouterr().out == printed
 
 
+def test_it_says_why_it_stopped_early(checkpoint, pairs, tmp_path, capsys):
+    finetune.main([
+        str(checkpoint), "--train-path", str(pairs["train"]), "--heldout-path", str(pairs["dev"]),
+        "--run-path", str(tmp_path / "run"), "--epochs", "3", "--train.batch-size", "8", "--keep-best", "loss",
+        "--patience", "2", "--train.evaluate-every-steps", "1", "--train.save-every-steps", "100",
+        "--data.max-source-tokens", "96", "--data.max-target-tokens", "8", "--optimizer.learning-rate", "1e-30",
+    ])  # fmt: skip
+    assert "stopped at step 3 of 15: loss did not improve in 2 evaluations\n" in capsys.readouterr().out
+
+
+def test_pairs_that_cannot_be_used_are_counted_and_so_are_those_cut_off(checkpoint, pairs, tmp_path, capsys):
+    lines = pairs["train"].read_text(encoding="utf-8").splitlines()[:4]
+    path = tmp_path / "some.jsonl"
+    path.write_text("\n".join([*lines, '{"text": "东西', json.dumps({"text": "东" * 10, "summary": "北"})]) + "\n")
+    command = [str(checkpoint), "--train-path", str(path), "--run-path", str(tmp_path / "run"), "--keep-best", "loss"]
+    with pytest.raises(UsageError, match="needs held-out examples"):
+        finetune.main([*command, "--data.max-source-tokens", "32", "--data.max-target-tokens", "5"])
+    said = capsys.readouterr().err
+    assert f"{path}: 5 of 6 pairs, 1 left out: not valid JSON; cut off where longer: 4 texts at 32 tokens" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
