@@ -22,9 +22,9 @@ class GenerationFlags:
     length_penalty: float = 1.0
     """Scores are Σ log p / length ** length_penalty; in beam search more gives longer summaries."""
     max_new_tokens: int | None = None
-    """Tokens of a summary at most; as many as the checkpoint was trained on."""
+    """Tokens of a summary at most, the prefix not counted; as many as the checkpoint was trained on."""
     min_new_tokens: int = 0
-    """Tokens of a summary at least, the end token not counted."""
+    """Tokens of a summary at least, prefix and end token not counted."""
     no_repeat_ngram_size: int = 0
     """No sequence of so many tokens comes twice in a summary; 0 allows all."""
     prefix: str = ""
