@@ -58,6 +58,7 @@ class Progress:
         self._skipped = 0
         self._shown = shown
         self._width = 0
+        self._said: tuple[int, str] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +66,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._width:
+        if self._width and (self._terminal or self._said != (self.done, self.detail)):
             self._write(self._describe(time.monotonic()), final=True)
 
     def skip(self, count: int) -> None:
@@ -104,4 +105,5 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._width = len(text)
+        self._said = (self.done, self.detail)
         self._stream.flush()

@@ -45,3 +45,11 @@ def test_a_low_estimate_is_forgotten_when_it_is_passed(monkeypatch):
     now = 20.0
     progress.advance(40)
     assert stream.getvalue() == "work: 40 items, 2/s, 20 s\n"
+
+
+def test_the_last_line_is_not_said_twice_off_a_terminal():
+    stream = io.StringIO()
+    with Progress("work", unit="texts", stream=stream) as progress:
+        progress._interval = 0.0
+        progress.advance(2)
+    assert len(stream.getvalue().splitlines()) == 1
