@@ -22,7 +22,7 @@ class Convert:
 
     For example:
       t5pegasus convert runs/title title-hf
-      t5pegasus convert imxly/t5-pegasus t5-pegasus --numerics bert4keras
+      t5pegasus convert t5-pegasus-port t5-pegasus --numerics bert4keras
       t5pegasus convert --check chinese_t5_pegasus_base --text articles.jsonl
       t5pegasus convert mt5-base t5-zh --retokenize tokenizer
 
