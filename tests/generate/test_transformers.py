@@ -34,6 +34,12 @@ RESTRICTED = [
 PREFIX = np.array([[7, 9, 7]] * 3 + [[12, 3, 60]] * 3, np.int32)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def peers():
+    pytest.importorskip("torch")
+    pytest.importorskip("transformers").utils.logging.set_verbosity_error()
+
+
 @pytest.fixture(scope="module")
 def sources():
     random = np.random.default_rng(1)
