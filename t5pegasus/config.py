@@ -168,7 +168,9 @@ class DataConfig(_JsonRoundTrip):
     """Lengths of one packed row and the seed of its order."""
 
     max_source_tokens: int = 512
+    """Width of the encoder's rows; longer sources lose their end."""
     max_target_tokens: int = 128
+    """Width of the decoder's rows; longer targets lose their end, but not the end token."""
     pack: bool = True
     """Several examples share a row, kept apart by segment ids; False gives one example per row."""
     seed: int = 0
@@ -191,8 +193,11 @@ class OptimizerConfig(_JsonRoundTrip):
     decay_steps: int = 0
     final_learning_rate_fraction: float = 0.1
     beta1: float = 0.9
+    """Decay of the mean of gradients."""
     beta2: float = 0.98
+    """Decay of the mean of their squares."""
     epsilon: float = 1e-6
+    """Added to the root of that mean."""
     weight_decay: float = 0.01
     """Decoupled, multiplied by the learning rate; gains are exempt."""
     max_grad_norm: float = 1.0
@@ -294,13 +299,14 @@ class TrainConfig(_JsonRoundTrip):
     evaluate_every_steps: int = 1000
     save_every_steps: int = 1000
     keep_checkpoints: int = 3
+    """The last ones; the best one by --train.keep-best beside them."""
     keep_best: str | None = None
     """A score of the evaluations (loss, accuracy; in fine-tuning also rouge-l and the others of `t5pegasus evaluate`):
     the checkpoint that is best at it is kept, and is the one meant by the run's name."""
     patience: int = 0
-    """With keep_best: stop after so many evaluations without a better one; 0 never does."""
+    """With --train.keep-best: stop after so many evaluations without a better one; 0 never does."""
     max_scored_pairs: int = 500
-    """Held-out pairs that summaries are written of when keep_best is a score of summaries, the first ones."""
+    """Held-out pairs that summaries are written of when --train.keep-best is a score of summaries, the first ones."""
 
     def __post_init__(self) -> None:
         for name in (

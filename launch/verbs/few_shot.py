@@ -42,7 +42,7 @@ class TrainFlags(FinetuneFlags):
     batch_size: int = 16
     """Pairs per update."""
     evaluate_every_steps: int = 1_000_000
-    """Evaluations decide something only with keep_best; otherwise each run is evaluated at its ends."""
+    """Evaluations decide something only with --train.keep-best; otherwise each run is evaluated at its ends."""
     save_every_steps: int = 1_000_000
     keep_checkpoints: int = 1
     seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0  # that of the cell

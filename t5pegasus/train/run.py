@@ -122,6 +122,8 @@ def train_run(
             why = f", stopped early by train.patience={config.train.patience}" if stopped else ""
             logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, config.train.steps, why)
             return find_checkpoint(paths.run_path)
+        if origin.resumed:
+            logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
         if origin.resumed and record is not None:
             paths = _keep_start(paths, record[1]["start_from"])
         update, memory = prepare_step(config, mesh, train_step, step)
