@@ -33,9 +33,9 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Non
         arrays: by dotted name.
 
     Raises:
-        OSError: if the disk is full, or fails in another way.
+        OSError: if the disk is full, or fails in another way; the caller knows the name that users know.
     """
-    with _disk_errors_by_type(path), _open() as writer:
+    with _disk_errors_by_type(), _open() as writer:
         writer.save(path.absolute() / _FOLDER, args=ocp.args.PyTreeSave(dict(arrays)))
 
 
@@ -81,7 +81,7 @@ def _disk_error(error: BaseException | None) -> int | None:
 
 
 @contextlib.contextmanager
-def _disk_errors_by_type(path: Path) -> Iterator[None]:
+def _disk_errors_by_type() -> Iterator[None]:
     """Turn TensorStore's ValueError for a full or failing disk into the OSError it is."""
     before = sys.unraisablehook
 
@@ -97,6 +97,6 @@ def _disk_errors_by_type(path: Path) -> Iterator[None]:
         code = _disk_error(error)
         if code is None:
             raise
-        raise OSError(code, os.strerror(code), str(path)) from None  # such writes may still end: keep the hook
+        raise OSError(code, os.strerror(code)) from None  # such writes may still end: keep the hook
     else:
         sys.unraisablehook = before

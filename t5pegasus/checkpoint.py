@@ -82,7 +82,7 @@ def save_checkpoint(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     _synchronise(f"begin {path}")
-    with writing(unfinished):
+    with writing(path):
         save_arrays(unfinished, arrays)
         if first:
             shutil.copytree(tokenizer_path, unfinished / "tokenizer")

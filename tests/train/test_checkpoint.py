@@ -85,7 +85,7 @@ def test_a_full_disk_is_an_os_error_also_when_tensorstore_meets_it(save, tmp_pat
     monkeypatch.setattr("orbax.checkpoint.Checkpointer.save", fail)
     with pytest.raises(OSError, match=os.strerror(28)) as raised:
         save(tmp_path, 4)
-    assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "checkpoints" / "4.unfinished"))
+    assert (raised.value.errno, raised.value.filename) == (28, str(tmp_path / "checkpoints" / "4"))
     message = "something else"
     with pytest.raises(ValueError, match=message):
         save(tmp_path, 4)
