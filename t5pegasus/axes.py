@@ -9,35 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from t5pegasus.config import ModelConfig
-
 LOGICAL_AXES = ("layers", "embed", "heads", "qk", "vo", "mlp", "vocab", "relpos_buckets")
 
 
 def logical_axis(axis: str) -> str:
     """The last component of a scoped axis name: `decoder.self.heads` → `heads`."""
     return axis.rpartition(".")[2]
-
-
-def axis_size(axis: str, config: ModelConfig) -> int:
-    """Number of entries along an axis of that name in a model of that config."""
-    match logical_axis(axis):
-        case "layers":
-            return config.num_encoder_layers if axis.startswith("encoder.") else config.num_decoder_layers
-        case "embed":
-            return config.d_model
-        case "heads":
-            return config.num_heads
-        case "qk" | "vo":
-            return config.d_kv
-        case "mlp":
-            return config.d_ff
-        case "vocab":
-            return config.vocab_size
-        case "relpos_buckets":
-            return config.relative_attention_num_buckets
-        case other:
-            raise ValueError(f"axis {axis!r} ends in {other!r}, which is none of {', '.join(LOGICAL_AXES)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +27,12 @@ class ParamSpec:
     shape: tuple[int, ...]
     declared_std: float | None = None
     """Only where the standard deviation does not follow from `contracted` (the relative bias)."""
+    size_powers: tuple[tuple[str, float], ...] = ()
+    """(axis, power): the model multiplies what this parameter gives by size(axis)^power, as T5 the input of its head
+    by d_model^-½, or other models their queries by d_kv^-½. Growth undoes what the larger size would change."""
+    meets_written: tuple[str, ...] = ()
+    """Axes along which what this gain gives is summed with a parameter that writes the axis, as what the decoder's
+    final norm gives with the token embedding where that is the head, too."""
 
     @property
     def init_std(self) -> float:
@@ -65,17 +48,49 @@ class ParamSpec:
 
 
 class AxisMultiplier(NamedTuple):
-    """Growth's record of one axis: by what each entry was multiplied where the axis is written and where it is read.
+    """Growth's record of one axis: what became of each entry since it was first trained. Arrays of the axis' size.
 
-    With the duality of gradients (a weight scaled by s has its gradient scaled by r), a parameter that produces
-    the axis has s = written, r = read; one that sums over it has s = read, r = written; a gain s = 1,
-    r = written · read. Zero marks an entry that growth created. Both are float32 [size of the axis], all ones if
-    the axis never grew. Source: growth theory T5/T6 in docs/growth.md.
+    From it `dual_multipliers` derives by what each entry of a parameter was multiplied (s), and its gradient (r).
+    Of an axis that never grew all are 1, but `born`, which is -1. Source: growth theory T5/T6 in docs/growth.md.
     """
 
     written: Any
+    """float32: the multiplier of what writes the axis."""
     read: Any
+    """float32: the multiplier of what reads it."""
+    ratio: Any
+    """float32: how many times larger the axis has become. √(written / read / ratio) is the multiplier of gains."""
+    inherited: Any
+    """float32: 1 where an entry is, or copies, one of the first model, 0 where growth created it."""
+    born: Any
+    """int32: the update at which growth added the entry, as a copy or anew; -1 for entries of the first model."""
 
 
 Multipliers = Mapping[str, AxisMultiplier]
-"""Axis name → its multipliers, for every axis of the model."""
+"""Axis name → its record, for every axis of the model."""
+
+
+def dual_multipliers(axis: str, spec: ParamSpec, record: Any) -> tuple[Any, Any]:
+    """(s, r) along one axis of a parameter: by what growth multiplied its entries, and its gradient.
+
+    What is taken c times as strongly has a gradient c times as weak, so that reading and writing exchange their parts.
+
+    Args:
+        axis: one of the parameter's axes.
+        spec: its declaration.
+        record: `written`, `read` and `ratio` of the axis: an AxisMultiplier, or the map of a single growth.
+    """
+    written, read, ratio = record.written, record.read, record.ratio
+    if spec.gain:
+        forward = (written / read / ratio) ** 0.5
+        backward = written * read / forward
+    elif axis in spec.contracted:
+        forward, backward = read, written
+    else:
+        forward, backward = written, read
+    if axis in spec.meets_written:
+        forward, backward = forward * read / written, backward * written / read
+    for scaled, power in spec.size_powers:
+        if scaled == axis:
+            forward, backward = forward * ratio**-power, backward * ratio**power
+    return forward, backward

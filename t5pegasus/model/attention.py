@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5pegasus.axes import axis_size
 from t5pegasus.config import ModelConfig
 from t5pegasus.model.layers import Dropout, declare
+from t5pegasus.model.sizes import axis_size
 
 
 def relative_position_bucket(
@@ -83,7 +83,8 @@ class Attention(nnx.Module):
     def __init__(self, config: ModelConfig, kind: str):
         layers, heads, qk, vo = (
             f"{kind.partition('.')[0]}.layers",
-            f"{kind}.heads",
+            # Where cross-attention adds the decoder's relative bias, its heads are that table's columns, too.
+            "decoder.self.heads" if config.cross_attention_bias and kind == "decoder.cross" else f"{kind}.heads",
             f"{kind}.qk",
             f"{kind}.vo",
         )

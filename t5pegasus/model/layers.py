@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from t5pegasus.axes import ParamSpec, axis_size
+from t5pegasus.axes import ParamSpec
 from t5pegasus.config import ModelConfig
+from t5pegasus.model.sizes import axis_size
 
 # Single letters in einsum strings, here and in the other model files:
 # b batch · t target (query) position · s source (key) position · d embed · h heads · k qk or vo · f mlp · v vocab
@@ -18,13 +19,17 @@ def declare(
     contracted: tuple[str, ...] = (),
     gain: bool = False,
     std: float | None = None,
+    size_powers: tuple[tuple[str, float], ...] = (),
+    meets_written: tuple[str, ...] = (),
 ) -> nnx.Param:
-    """A parameter with the full name of each axis; everything else about it follows from this line.
+    """A parameter with the full name of each axis; everything else about it follows from this line (`ParamSpec`).
 
     The value is zeros and only its shape is meant: `init_parameters` draws real ones from the declaration.
     """
     shape = tuple(axis_size(axis, config) for axis in axes)
-    return nnx.Param(jnp.zeros(shape, jnp.float32), spec=ParamSpec(axes, contracted, gain, shape, std))
+    return nnx.Param(
+        jnp.zeros(shape, jnp.float32), spec=ParamSpec(axes, contracted, gain, shape, std, size_powers, meets_written)
+    )
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, epsilon: float) -> jax.Array:

@@ -85,7 +85,16 @@ class Stack(nnx.Module):
     def __init__(self, config: ModelConfig, side: str):
         self.layers = EncoderLayer(config) if side == "encoder" else DecoderLayer(config)
         self.relative_bias = declare_relative_bias(config, side)
-        self.final_norm = declare(config, "embed", gain=True)
+        if side == "decoder" and config.tie_word_embeddings:
+            self.final_norm = declare(
+                config, "embed", gain=True, size_powers=_head_scale(config), meets_written=("embed",)
+            )
+        else:
+            self.final_norm = declare(config, "embed", gain=True)
+
+
+def _head_scale(config: ModelConfig) -> tuple[tuple[str, float], ...]:
+    return (("embed", -0.5),) if config.scale_decoder_outputs else ()
 
 
 def _scan_layers(layer: nnx.Module, body: Callable, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
@@ -110,7 +119,7 @@ class T5(nnx.Module):
         self.encoder = Stack(config, "encoder")
         self.decoder = Stack(config, "decoder")
         if not config.tie_word_embeddings:
-            self.lm_head = declare(config, "embed", "vocab", contracted=("embed",))
+            self.lm_head = declare(config, "embed", "vocab", contracted=("embed",), size_powers=_head_scale(config))
 
     def __call__(self, batch: Batch, dropout_seed: jax.Array | int | None = None) -> jax.Array:
         """Logits of a batch by teacher forcing, float32 [batch, target, vocab].

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from t5pegasus.axes import AxisMultiplier, Multipliers, ParamSpec
+from t5pegasus.axes import AxisMultiplier, Multipliers, ParamSpec, dual_multipliers
 from t5pegasus.config import OptimizerConfig, TrainConfig
 
 Arrays = Mapping[str, jax.Array]
@@ -43,28 +43,23 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
 
 
 def init_multipliers(specs: Mapping[str, ParamSpec]) -> dict[str, AxisMultiplier]:
-    """Ones for every axis: a model that never grew."""
+    """The record of a model that never grew: ones for every axis."""
     sizes = {axis: size for spec in specs.values() for axis, size in zip(spec.axes, spec.shape)}
-    return {axis: AxisMultiplier(jnp.ones(size), jnp.ones(size)) for axis, size in sorted(sizes.items())}
+    return {
+        axis: AxisMultiplier(*(jnp.ones(size) for _ in range(4)), born=jnp.full(size, -1, jnp.int32))
+        for axis, size in sorted(sizes.items())
+    }
 
 
 def leaf_multipliers(spec: ParamSpec, multipliers: Multipliers) -> tuple[jax.Array, jax.Array]:
-    """(s, r) of one parameter, of its shape: how growth multiplied its weights and, by duality, its gradients.
-
-    Entries that growth created have (1, 1).
-    """
+    """(s, r) of one parameter, of its shape: how growth multiplied its weights and, by duality, its gradients."""
     s, r = jnp.ones(spec.shape), jnp.ones(spec.shape)
     for position, axis in enumerate(spec.axes):
-        written, read = multipliers[axis]
-        if spec.gain:
-            forward, backward = jnp.ones_like(written), written * read
-        else:
-            forward, backward = (read, written) if axis in spec.contracted else (written, read)
+        forward, backward = dual_multipliers(axis, spec, multipliers[axis])
         along = [1] * len(spec.shape)
         along[position] = -1
         s, r = s * forward.reshape(along), r * backward.reshape(along)
-    created = (s == 0) | (r == 0)
-    return jnp.where(created, 1.0, s), jnp.where(created, 1.0, r)
+    return s, r
 
 
 def weighted_norm(gradients: Arrays, specs: Mapping[str, ParamSpec], multipliers: Multipliers) -> jax.Array:

@@ -76,7 +76,7 @@ def state_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh, *, with_ema: boo
         parameters=of_parameters,
         first_moment=dict(of_parameters),
         second_moment=dict(of_parameters),
-        multipliers={axis: AxisMultiplier(everywhere, everywhere) for axis in sorted(axes)},
+        multipliers={axis: AxisMultiplier(*(everywhere for _ in AxisMultiplier._fields)) for axis in sorted(axes)},
         ema=dict(of_parameters) if with_ema else {},
     )
 
@@ -87,10 +87,7 @@ def state_to_arrays(state: TrainState) -> dict[str, Any]:
     for group in ("parameters", "first_moment", "second_moment", "ema"):
         arrays |= {f"{group}.{name}": leaf for name, leaf in getattr(state, group).items()}
     for axis, multiplier in state.multipliers.items():
-        arrays |= {
-            f"multipliers.{axis}.written": multiplier.written,
-            f"multipliers.{axis}.read": multiplier.read,
-        }
+        arrays |= {f"multipliers.{axis}.{field}": array for field, array in multiplier._asdict().items()}
     return arrays
 
 
@@ -109,7 +106,8 @@ def arrays_to_state(arrays: Mapping[str, Any]) -> TrainState:
         first_moment=group("first_moment."),
         second_moment=group("second_moment."),
         multipliers={
-            axis: AxisMultiplier(multipliers[f"{axis}.written"], multipliers[f"{axis}.read"]) for axis in sorted(axes)
+            axis: AxisMultiplier(*(multipliers[f"{axis}.{field}"] for field in AxisMultiplier._fields))
+            for axis in sorted(axes)
         },
         ema=group("ema."),
     )
