@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import itertools
 import json
 import math
 import os
@@ -91,6 +92,10 @@ class ModelConfig(_JsonRoundTrip):
     num_decoder_layers: int = 12
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
+    relative_attention_boundaries: tuple[int, ...] = ()
+    """Ascending distances that split the last bucket of a direction, the one of all distances beyond the formula: from
+    each of them on, up to the next, a bucket of its own. Their rows stand behind the formula's, so that a longer list
+    leaves the rows of a shorter one in place."""
     dropout_rate: float = 0.1
     layer_norm_epsilon: float = 1e-6
     pad_token_id: int = 0
@@ -106,6 +111,30 @@ class ModelConfig(_JsonRoundTrip):
     """Cross-attention adds the decoder's relative bias, too, by target minus source position."""
     inner_dropout: bool = True
     """Dropout also of attention weights and feed-forward units, not of what blocks add to the stream only."""
+    num_masked_tokens: int = 0
+    """The last so many tokens of the vocabulary are not open yet: they can be read, but have probability 0, so that
+    all other probabilities are those of a vocabulary without them. No target may hold them."""
+
+    @property
+    def num_open_tokens(self) -> int:
+        """How many tokens, the first ones, can be written."""
+        return self.vocab_size - self.num_masked_tokens
+
+    @property
+    def first_clipped_distance(self) -> int:
+        """From here on the bucket formula puts all distances into the last bucket of their direction, in both stacks.
+
+        A distance at which the formula depends on the rounding of its float32 logarithm counts as below.
+        """
+
+        def of_direction(num_buckets: int) -> int:
+            num_exact = num_buckets // 2
+            num_logarithmic = num_buckets - num_exact
+            growth = self.relative_attention_max_distance / num_exact
+            return math.ceil(num_exact * growth ** ((num_logarithmic - 1 + 1e-4) / num_logarithmic))
+
+        buckets = self.relative_attention_num_buckets
+        return max(of_direction(buckets // 2), of_direction(buckets))
 
     @property
     def numerics(self) -> str:
@@ -137,11 +166,40 @@ class ModelConfig(_JsonRoundTrip):
             f"model.relative_attention_max_distance={self.relative_attention_max_distance} must exceed "
             f"relative_attention_num_buckets/2={buckets // 2}, the distances that have a bucket of their own",
         )
+        self._check_boundaries()
+        _require(
+            0 <= self.num_masked_tokens < self.vocab_size,
+            f"model.num_masked_tokens={self.num_masked_tokens} must lie in [0, vocab_size={self.vocab_size})",
+        )
+        open_tokens = f"vocab_size={self.vocab_size}"
+        if self.num_masked_tokens:
+            open_tokens = f"{self.num_open_tokens}, the open part of {open_tokens}"
         for name in ("pad_token_id", "decoder_start_token_id", "eos_token_id"):
             _require(
-                0 <= getattr(self, name) < self.vocab_size,
-                f"model.{name}={getattr(self, name)} must lie in [0, vocab_size={self.vocab_size})",
+                0 <= getattr(self, name) < self.num_open_tokens,
+                f"model.{name}={getattr(self, name)} must lie in [0, {open_tokens})",
             )
+
+    def _check_boundaries(self) -> None:
+        boundaries = self.relative_attention_boundaries
+        what = f"model.relative_attention_boundaries={boundaries!r}"
+        _require(
+            isinstance(boundaries, tuple) and all(_is_of_type(each, int) for each in boundaries),
+            f"{what} must be whole numbers",
+        )
+        if not boundaries:
+            return
+        _require(
+            all(one < next_one for one, next_one in itertools.pairwise(boundaries)),
+            f"{what} must be ascending, each of them once",
+        )
+        clipped = self.first_clipped_distance
+        _require(
+            clipped < boundaries[0] and boundaries[-1] < 2**31,
+            f"{what} must lie above {clipped}, from where the formula (relative_attention_num_buckets="
+            f"{self.relative_attention_num_buckets}, max_distance={self.relative_attention_max_distance}) gives all "
+            f"distances one bucket, and below 2^31; begin with {2 * clipped}, say",
+        )
 
 
 def _numerics(feed_forward_proj: str, *, tied: bool, scaled: bool, cross_bias: bool, inner_dropout: bool) -> dict:

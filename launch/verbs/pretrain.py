@@ -22,6 +22,8 @@ class ModelFlags(ModelConfig):
     pad_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.pad_token_id
     decoder_start_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.decoder_start_token_id
     eos_token_id: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.eos_token_id
+    # Of growth.
+    num_masked_tokens: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.num_masked_tokens
 
 
 @dataclasses.dataclass(frozen=True)

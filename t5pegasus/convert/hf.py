@@ -106,21 +106,38 @@ def export_hf(checkpoint_path: Path, output_path: Path, *, lossy: bool = False) 
 
 def list_losses(model: ModelConfig) -> tuple[str, ...]:
     """What Hugging Face's T5 and MT5 cannot compute of a model, one clause each; empty if the logits are the same."""
+    losses = []
     if model.cross_attention_bias:
-        return (
+        losses.append(
             "model.cross_attention_bias is lost, transformers has no relative bias in cross-attention: every logit "
-            "would be another one",
+            "would be another one"
         )
-    return ()
+    if boundaries := model.relative_attention_boundaries:
+        losses.append(
+            f"model.relative_attention_boundaries={boundaries} is lost, transformers has the bucket formula only: all "
+            f"distances from {model.first_clipped_distance} on would have one bias, and texts longer than "
+            f"{boundaries[0]} tokens other logits"
+        )
+    if model.num_masked_tokens:
+        losses.append(
+            f"model.num_masked_tokens={model.num_masked_tokens} is lost, transformers knows no masked tokens: it would "
+            "give them probabilities, too (open them before with t5pegasus grow)"
+        )
+    return tuple(losses)
 
 
 def fold_scale(model: ModelConfig) -> ModelConfig:
-    """The model whose head has taken over the scale of the decoder's output; a tied head keeps it, T5 can say it."""
+    """The model as exported: without what `list_losses` names, and with the scale of the decoder's output in its head.
+
+    A tied head keeps the scale, T5 can say it.
+    """
     folds = model.scale_decoder_outputs and not model.tie_word_embeddings
     return dataclasses.replace(
         model,
         scale_decoder_outputs=model.scale_decoder_outputs and not folds,
         cross_attention_bias=False,
+        relative_attention_boundaries=(),
+        num_masked_tokens=0,
     )
 
 
@@ -148,6 +165,8 @@ def _read_tensors_in_turn(checkpoint_path: Path, model: ModelConfig, tensors: li
             array = load_parameters(checkpoint_path, (held,))[held]
             if held == "lm_head" and model.scale_decoder_outputs:
                 array = array * np.float32(model.d_model**-0.5)
+            if held.endswith("relative_bias"):  # without the rows of boundaries, which are the last ones
+                array = array[: model.relative_attention_num_buckets]
         yield tensor.of(array)
 
 

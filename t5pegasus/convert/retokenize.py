@@ -109,7 +109,7 @@ def retokenize(imported: Imported, tokenizer: Tokenizer) -> tuple[Imported, Voca
     if "lm_head" in parameters:
         parameters["lm_head"] = np.ascontiguousarray(_mix_rows(parameters["lm_head"].T, mapped).T)
     ids = {field: getattr(tokenizer, name) for field, name in TOKEN_IDS.items()}
-    model = dataclasses.replace(imported.model, vocab_size=tokenizer.vocab_size, **ids)
+    model = dataclasses.replace(imported.model, vocab_size=tokenizer.vocab_size, num_masked_tokens=0, **ids)
     return Imported(model, parameters, tokenizer, assumed=imported.assumed), mapped
 
 

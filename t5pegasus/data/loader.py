@@ -33,8 +33,24 @@ class PackedRows:
     An example longer than a row keeps its first tokens and its end token.
     """
 
-    def __init__(self, examples_path: Path | str, data: DataConfig, pad_id: int, start_id: int) -> None:
+    def __init__(
+        self,
+        examples_path: Path | str,
+        data: DataConfig,
+        pad_id: int,
+        start_id: int,
+        *,
+        num_open_tokens: int | None = None,
+    ) -> None:
         """Open the examples, and make their packing table if these lengths are new.
+
+        Args:
+            examples_path: folder written by `t5pegasus build`.
+            data: the lengths of a row.
+            pad_id: the model's.
+            start_id: the model's.
+            num_open_tokens: the model's, if not all of the vocabulary; rows whose targets go beyond are refused when
+                they are read.
 
         Raises:
             ArtifactError: if the examples are damaged or were made with other special ids than the model's.
@@ -42,6 +58,7 @@ class PackedRows:
         """
         self.shards = ExampleShards(examples_path)
         self.data, self.pad_id, self.start_id = data, pad_id, start_id
+        self._num_open_tokens = num_open_tokens
         for name, wanted in (("pad_id", pad_id), ("start_id", start_id)):
             if self.shards.manifest[name] != wanted:
                 raise ArtifactError(
@@ -90,8 +107,34 @@ class PackedRows:
             self.table.examples[starts[row] : starts[row + 1]] if row < self.num_rows else np.empty(0, np.int64)
             for row in table_rows
         ]
-        examples = self.shards.read(np.concatenate([np.empty(0, np.int64), *members]))
+        indices = np.concatenate([np.empty(0, np.int64), *members])
+        examples = self.shards.read(indices)
+        if self._num_open_tokens is not None:
+            check_targets(examples, self._num_open_tokens, indices, str(self.shards.path))
         return fill_rows(examples, [len(member) for member in members], self.data, self.pad_id, self.start_id)
+
+
+def check_targets(
+    examples: Sequence[Example], num_open_tokens: int, indices: Sequence[int] | np.ndarray, where: str
+) -> None:
+    """Refuse targets with tokens that the model cannot write: their probability is 0, their loss infinite.
+
+    Args:
+        examples: what is to be trained or measured on.
+        num_open_tokens: the model's (`ModelConfig.num_masked_tokens`).
+        indices: the number of each example, for the message.
+        where: what they are of, for the message.
+
+    Raises:
+        DataError: naming the first such example and its token.
+    """
+    for index, example in zip(indices, examples):
+        if len(example.target) and (highest := int(example.target.max())) >= num_open_tokens:
+            raise DataError(
+                f"{where}: the target of example {index} holds token {highest}, but of the model's vocabulary only "
+                f"the first {num_open_tokens} tokens are open (num_masked_tokens); open the others with t5pegasus "
+                "grow, or give examples whose targets do without them"
+            )
 
 
 def fill_rows(

@@ -8,7 +8,7 @@ import numpy as np
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import MeshConfig, RunConfig
-from t5pegasus.data.loader import fill_rows
+from t5pegasus.data.loader import check_targets, fill_rows
 from t5pegasus.data.packing import pack_examples
 from t5pegasus.data.shards import Example
 from t5pegasus.sharding import make_mesh
@@ -25,7 +25,11 @@ def measure_heldout_loss(
         parameters: float32, by dotted name.
         examples: source ids, and target ids without the start id.
         batch_size: packed rows per batch.
+
+    Raises:
+        DataError: if a target holds a token that the model has masked.
     """
+    check_targets(examples, config.model.num_open_tokens, range(len(examples)), "held-out examples")
     mesh = make_mesh(MeshConfig(data=1), jax.local_devices()[:1])
     return make_heldout_loss(config, mesh)(dict(parameters), _pack_batches(config, examples, batch_size))
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from t5pegasus.config import ModelConfig
 from t5pegasus.generate.options import GenerationOptions
+from t5pegasus.model.t5 import open_tokens
 
 _BLOCK = 128
 """Tokens per block of the vocabulary in `take_likeliest`."""
@@ -18,16 +19,18 @@ def forbid(
     config: ModelConfig,
     options: GenerationOptions,
 ) -> jax.Array:
-    """Logits with -inf on the tokens that `min_new_tokens` and `no_repeat_ngram_size` forbid.
+    """Logits with -inf on masked tokens and on those that `min_new_tokens` and `no_repeat_ngram_size` forbid.
 
     Args:
         logits: [B, K, V] of the next token.
         tokens: int32 [B, K, L]: the start token, the prefix, what was written, and room behind.
         num_tokens: how many of the L there are.
         num_new: how many of those come after the prefix.
-        config: knows the end token.
+        config: knows the end token, and which tokens are masked.
         options: what is forbidden.
     """
+    if config.num_masked_tokens > 0:  # not only unlikely: where all others are forbidden, nothing can follow
+        logits = jnp.where(open_tokens(logits, config), logits, -jnp.inf)
     if options.min_new_tokens > 0:
         end = config.eos_token_id
         logits = logits.at[..., end].set(jnp.where(num_new < options.min_new_tokens, -jnp.inf, logits[..., end]))

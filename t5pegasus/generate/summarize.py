@@ -57,6 +57,12 @@ class Summarizer:
                 f"prefix={self.prefix!r} holds a character that the tokenizer does not know, and no summary could "
                 "begin with it; leave it out"
             )
+        if masked := [index for index in self._prefix_ids() if index >= self.model.num_open_tokens]:
+            raise UsageError(
+                f"prefix={self.prefix!r} holds {self.tokenizer.token(masked[0])!r}, one of the last "
+                f"num_masked_tokens={self.model.num_masked_tokens} of the vocabulary, which are not open yet; "
+                "leave it out, or open these tokens with t5pegasus grow"
+            )
 
     def _prefix_ids(self) -> list[int]:
         return self.tokenizer.encode(self.prefix) if self.prefix else []
@@ -148,7 +154,8 @@ def load_summarizer(
         checkpoint: a checkpoint folder.
         options: default: greedy, as many tokens as the targets it was trained on.
         max_source_tokens: default: as many as the sources it was trained on. More is possible: the model has no
-            longest input, its relative positions are alike from `relative_attention_max_distance` on.
+            longest input, its relative positions are alike from `relative_attention_max_distance` on, or from the
+            last of `relative_attention_boundaries`.
         batch_size: texts per batch.
         prefix: what every summary begins with.
 

@@ -4,30 +4,40 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from t5pegasus.config import ModelConfig
+from t5pegasus.errors import UsageError
 from t5pegasus.model.layers import Dropout, declare
 from t5pegasus.model.sizes import axis_size
 
 
 def relative_position_bucket(
-    distance: jax.Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+    distance: jax.Array,
+    *,
+    bidirectional: bool,
+    num_buckets: int,
+    max_distance: int,
+    boundaries: tuple[int, ...] = (),
 ) -> jax.Array:
-    """The bucket of key position − query position (Raffel et al. 2020, §2.1).
+    """The bucket of key position − query position (Raffel et al. 2020, §2.1), refined beyond the formula's range.
 
     Half of a direction's buckets are exact distances, the other half grow logarithmically up to `max_distance`;
-    the encoder gives each direction half of all buckets, the decoder looks back only.
+    the encoder gives each direction half of all buckets, the decoder looks back only. Behind these stand the buckets
+    of `boundaries`, in the encoder for each boundary one that looks back and one that looks ahead.
 
     Args:
         distance: int32, any shape.
         bidirectional: True in the encoder.
-        num_buckets: buckets in all.
-        max_distance: from here on all distances share the last bucket.
+        num_buckets: the formula's buckets in all.
+        max_distance: from here on, or a little before, the formula gives all distances the last bucket.
+        boundaries: ascending distances; from each of them up to the next there is a bucket of its own.
 
     Returns:
-        int32 of the same shape, in [0, num_buckets).
+        int32 of the same shape, in [0, num_buckets + directions · boundaries).
     """
+    num_formula_buckets = num_buckets
     bucket = jnp.zeros_like(distance)
     if bidirectional:
         num_buckets //= 2
@@ -38,7 +48,50 @@ def relative_position_bucket(
     num_exact = num_buckets // 2
     ratio = jnp.log(jnp.maximum(back, 1).astype(jnp.float32) / num_exact) / math.log(max_distance / num_exact)
     logarithmic = num_exact + (ratio * (num_buckets - num_exact)).astype(jnp.int32)
-    return bucket + jnp.where(back < num_exact, back, jnp.minimum(logarithmic, num_buckets - 1))
+    bucket += jnp.where(back < num_exact, back, jnp.minimum(logarithmic, num_buckets - 1))
+    for index, boundary in enumerate(boundaries):
+        own = num_formula_buckets + (2 * index + (distance > 0) if bidirectional else index)
+        bucket = jnp.where(back >= boundary, own, bucket)
+    return bucket
+
+
+def refined_bucket_sources(before: ModelConfig, after: ModelConfig, stack: str) -> np.ndarray:
+    """Which row of a stack's relative-bias table each row of a refined table is to copy, so that no bias changes.
+
+    Args:
+        before: the config of the table there is.
+        after: the same bucket formula with further `relative_attention_boundaries`.
+        stack: `encoder` or `decoder`.
+
+    Returns:
+        int64 [rows after], in [0, rows before). Where the boundaries of `before` are the first ones of `after`, the
+        first rows are 0, 1, 2, …: those there were, in place.
+
+    Raises:
+        UsageError: if the formula differs, or `after` lacks a boundary of `before`.
+    """
+    for field in ("relative_attention_num_buckets", "relative_attention_max_distance"):
+        if getattr(before, field) != getattr(after, field):
+            raise UsageError(
+                f"model.{field} is {getattr(before, field)}, got {getattr(after, field)}: another bucket formula would "
+                "change the biases; refine the last bucket by relative_attention_boundaries instead"
+            )
+    old, new = before.relative_attention_boundaries, after.relative_attention_boundaries
+    if not set(old) <= set(new):
+        raise UsageError(
+            f"model.relative_attention_boundaries is {old}, got {new}, which lacks {sorted(set(old) - set(new))}: "
+            "distances with different biases would share a bucket; keep all of them and add further ones"
+        )
+    num_formula_buckets = before.relative_attention_num_buckets
+    directions = 2 if stack == "encoder" else 1
+    sources = list(range(num_formula_buckets))
+    for boundary in new:
+        passed = sum(each <= boundary for each in old)
+        for direction in range(directions):
+            last_of_formula = num_formula_buckets * (direction + 1) // directions - 1
+            refined = num_formula_buckets + directions * (passed - 1) + direction
+            sources.append(refined if passed else last_of_formula)
+    return np.array(sources)
 
 
 def relative_bias(
@@ -58,7 +111,7 @@ def relative_bias(
         table: [relpos_buckets, heads].
         query_positions: int32 [1 or b, t].
         key_positions: int32 [1 or b, s].
-        config: number of buckets and largest distance.
+        config: the buckets of distances.
         bidirectional: True in the encoder.
 
     Returns:
@@ -69,11 +122,12 @@ def relative_bias(
         bidirectional=bidirectional,
         num_buckets=config.relative_attention_num_buckets,
         max_distance=config.relative_attention_max_distance,
+        boundaries=config.relative_attention_boundaries,
     )
     if len(buckets) > 1:  # row by row, a one-hot would take num_buckets / heads times the room of the bias itself
         return jnp.moveaxis(table[buckets], -1, 1)
     # A matrix product instead of a gather: its gradient is a matrix product too, not a scatter of t·s rows into 32.
-    one_hot = jax.nn.one_hot(buckets, config.relative_attention_num_buckets, dtype=table.dtype)
+    one_hot = jax.nn.one_hot(buckets, len(table), dtype=table.dtype)
     return jnp.einsum("btsr,rh->bhts", one_hot, table)
 
 

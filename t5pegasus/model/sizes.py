@@ -20,6 +20,7 @@ def axis_size(axis: str, config: ModelConfig) -> int:
         case "vocab":
             return config.vocab_size
         case "relpos_buckets":
-            return config.relative_attention_num_buckets
+            directions = 2 if axis.startswith("encoder.") else 1
+            return config.relative_attention_num_buckets + directions * len(config.relative_attention_boundaries)
         case other:
             raise ValueError(f"axis {axis!r} ends in {other!r}, which is none of {', '.join(LOGICAL_AXES)}")

@@ -212,7 +212,16 @@ class T5(nnx.Module):
         if self.config.scale_decoder_outputs:
             x *= self.config.d_model**-0.5
         logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=wide)
-        return constrain(logits, "batch", "length", "vocab")
+        logits = constrain(logits, "batch", "length", "vocab")
+        if self.config.num_masked_tokens == 0:
+            return logits
+        # Finite, so that differences of logits are numbers; its exponential is 0, and so is the head's gradient.
+        return jnp.where(open_tokens(logits, self.config), logits, jnp.finfo(wide).min / 2)
+
+
+def open_tokens(logits: jax.Array, config: ModelConfig) -> jax.Array:
+    """Where logits [..., vocab] are of tokens that can be written (`num_masked_tokens`); bool of the same shape."""
+    return jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < config.num_open_tokens
 
 
 def _same_segment(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:

@@ -17,17 +17,26 @@ class LossSums(NamedTuple):
     """Tokens whose arg max is the target."""
     weight: jax.Array
     uniform: jax.Array | None = None
-    """log(Z) − the mean logit: the cross-entropy of a target spread evenly over the vocabulary; None if not asked."""
+    """log(Z) − the mean logit: the cross-entropy of a target spread evenly over the open tokens; None if not asked."""
 
 
-def sum_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, with_uniform: bool = False) -> LossSums:
+def sum_losses(
+    logits: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    *,
+    with_uniform: bool = False,
+    num_masked_tokens: int = 0,
+) -> LossSums:
     """The sums over one batch.
 
     Args:
-        logits: float32 [batch, target, vocab].
-        targets: int32 [batch, target].
+        logits: float32 [batch, target, vocab]; those of masked tokens are so low that their probability is 0.
+        targets: int32 [batch, target]. The loss of a masked one is no longer finite or close to that: the data are
+            checked for them before (`data.loader.check_targets`).
         weights: float32 [batch, target], 0 on padding.
         with_uniform: sum what label smoothing needs, too.
+        num_masked_tokens: the model's; label smoothing spreads over the other tokens.
     """
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -36,16 +45,24 @@ def sum_losses(logits: jax.Array, targets: jax.Array, weights: jax.Array, *, wit
         z=jnp.sum(weights * jnp.square(log_normaliser)),
         correct=jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
         weight=jnp.sum(weights),
-        uniform=jnp.sum(weights * (log_normaliser - jnp.mean(logits, axis=-1))) if with_uniform else None,
+        uniform=jnp.sum(weights * (log_normaliser - _mean_logit(logits, num_masked_tokens))) if with_uniform else None,
     )
 
 
 def smooth_labels(sums: LossSums, label_smoothing: float) -> jax.Array:
     """Σ (1 − ε)·NLL + ε·(log Z − mean logit): cross-entropy against (1 − ε)·target + ε·uniform.
 
-    The mean runs over the whole vocabulary, the target among it (Szegedy et al. 2016, §7). The z-loss is no part of
+    The mean runs over all open tokens, the target among them (Szegedy et al. 2016, §7). The z-loss is no part of
     it and keeps its own weight. At ε = 0 it is the plain sum of NLL, the very same array.
     """
     if sums.uniform is None:
         return sums.nll
     return (1.0 - label_smoothing) * sums.nll + label_smoothing * sums.uniform
+
+
+def _mean_logit(logits: jax.Array, num_masked_tokens: int) -> jax.Array:
+    if num_masked_tokens == 0:
+        return jnp.mean(logits, axis=-1)
+    num_open = logits.shape[-1] - num_masked_tokens
+    is_open = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1) < num_open
+    return jnp.sum(jnp.where(is_open, logits, 0), axis=-1) / num_open

@@ -52,10 +52,10 @@ def disturb_decoder_inputs(batch: Batch, config: RunConfig) -> Batch:
 
 
 def _draw_ordinary_tokens(key: jax.Array, shape: tuple[int, ...], config: RunConfig) -> jax.Array:
-    """Evenly from the vocabulary without the ids of pad, start and end."""
+    """Evenly from the open tokens of the vocabulary without pad, start and end."""
     model = config.model
     excluded = sorted({model.pad_token_id, model.decoder_start_token_id, model.eos_token_id})
-    drawn = jax.random.randint(key, shape, 0, model.vocab_size - len(excluded), jnp.int32)
+    drawn = jax.random.randint(key, shape, 0, model.num_open_tokens - len(excluded), jnp.int32)
     for token in excluded:
         drawn += drawn >= token
     return drawn

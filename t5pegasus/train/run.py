@@ -272,7 +272,11 @@ def _open_heldout(
 
 
 def _open_rows(examples_path: Path, config: RunConfig) -> PackedRows:
-    return PackedRows(examples_path, config.data, config.model.pad_token_id, config.model.decoder_start_token_id)
+    model = config.model
+    num_open = model.num_open_tokens if model.num_masked_tokens else None
+    return PackedRows(
+        examples_path, config.data, model.pad_token_id, model.decoder_start_token_id, num_open_tokens=num_open
+    )
 
 
 def _device_batches(rows: PackedRows, config: RunConfig, mesh: Mesh, start_row: int) -> Generator[Batch]:

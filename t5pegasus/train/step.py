@@ -69,7 +69,8 @@ def pure_train_step(
             micro = disturb_decoder_inputs(micro, config)
             logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
             targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
-            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0)
+            num_masked = config.model.num_masked_tokens
+            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0, num_masked_tokens=num_masked)
             return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
