@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import re
 import sys
@@ -13,9 +14,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from t5pegasus.errors import ArtifactError
+from t5pegasus.chunks import CHUNK_BYTES, StoredArray
+from t5pegasus.errors import ArtifactError, reading
 
-_FOLDER = "arrays"
+FOLDER = "arrays"
 _ECHOES = (
     "Skipping merge of OCDBT",  # which it was told not to write
     "_SignalingThread.run() raised an exception",  # and `save` raises it, too
@@ -28,6 +30,9 @@ logging.getLogger("asyncio").addFilter(lambda record: not (record.exc_info and _
 def save_arrays(path: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> None:
     """Write `arrays/` of a checkpoint; in a multi-process run each process writes its own shards.
 
+    Chunks are of bounded size, so that a slice can be read without its array, and not compressed: of trained weights
+    and moments zstd saves 7 % of the bytes, and takes at least twice as long (benchmarks/RESULTS.md).
+
     Args:
         path: the unfinished checkpoint folder.
         arrays: by dotted name.
@@ -36,7 +41,8 @@ def save_arrays(path: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> Non
         OSError: if the disk is full, or fails in another way; the caller knows the name that users know.
     """
     with _disk_errors_by_type(), _open() as writer:
-        writer.save(path.absolute() / _FOLDER, args=ocp.args.PyTreeSave(dict(arrays)))
+        save_args = {name: _chunked(array) for name, array in arrays.items()}
+        writer.save(path.absolute() / FOLDER, args=ocp.args.PyTreeSave(dict(arrays), save_args=save_args))
 
 
 def load_arrays(
@@ -55,7 +61,7 @@ def load_arrays(
         ArtifactError: if a name in `shardings` is not in the checkpoint.
     """
     with _open() as reader:
-        stored = reader.metadata(path.absolute() / _FOLDER).item_metadata.tree
+        stored = reader.metadata(path.absolute() / FOLDER).item_metadata.tree
         names = [name for name in stored if name.startswith(prefixes) and (shardings is None or name in shardings)]
         if shardings is not None and (absent := sorted(shardings.keys() - stored.keys())):
             raise ArtifactError(f"checkpoint {path} has no array {absent[0]} ({len(absent)} missing)")
@@ -67,11 +73,25 @@ def load_arrays(
         }
         item = {name: stored[name] for name in names}
         restore = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-        return reader.restore(path.absolute() / _FOLDER, args=restore)
+        return reader.restore(path.absolute() / FOLDER, args=restore)
+
+
+def open_arrays(path: Path) -> dict[str, StoredArray]:
+    """The arrays of a checkpoint, by dotted name, to be read block by block."""
+    with reading(path / FOLDER):
+        folders = sorted(file.parent for file in (path / FOLDER).glob("*/zarr.json"))
+        return {folder.name: StoredArray(folder) for folder in folders}
 
 
 def _open() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True))
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False))
+
+
+def _chunked(array: jax.Array | np.ndarray) -> ocp.SaveArgs:
+    """Orbax halves the longest dimensions until a chunk is small enough; stacked layers are taken apart first."""
+    stored = array.sharding.shard_shape(array.shape) if isinstance(array, jax.Array) else array.shape
+    stacked = len(stored) > 2 and math.prod(stored) * array.dtype.itemsize > CHUNK_BYTES
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if stacked else ())
 
 
 def _disk_error(error: BaseException | None) -> int | None:

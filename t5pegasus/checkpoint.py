@@ -7,7 +7,6 @@ It is written under a temporary name and renamed when whole; reading verifies it
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,10 +20,9 @@ from jax.experimental import multihost_utils
 from t5pegasus.arrays import load_arrays, save_arrays
 from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
 from t5pegasus.errors import ArtifactError, reading, writing
+from t5pegasus.manifest import MANIFEST, Files, flush, verify_manifest, write_manifest
 
 logger = logging.getLogger(__name__)
-
-MANIFEST = "manifest.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +40,9 @@ class CheckpointInfo:
     """One entry per growth: plan, its hash, the step, the source's fingerprint."""
     history: tuple[dict[str, Any], ...] = ()
     """Evaluations so far: {step, loss}; where a run keeps its best checkpoint also the score that decides, and `best`,
-    whether it was the best until then."""
+    whether it was the best until then, and `begins_phase` behind a growth in the run."""
+    flops: int | None = None
+    """Spent on training this model and those it came from; None if an earlier version, or another program, trained."""
 
     def to_json(self) -> dict[str, Any]:
         """The content of checkpoint.json."""
@@ -85,13 +85,34 @@ def save_checkpoint(
     with writing(path):
         save_arrays(unfinished, arrays)
         if first:
-            shutil.copytree(tokenizer_path, unfinished / "tokenizer")
-            write_json(unfinished / "checkpoint.json", info.to_json())
-            if add_files is not None:
-                add_files(unfinished)
-            write_json(unfinished / MANIFEST, _describe_files(unfinished))
-            _put_in_place(unfinished, path)
+            commit_checkpoint(unfinished, path, info, tokenizer_path, add_files)
     _synchronise(f"end {path}")
+
+
+def commit_checkpoint(
+    unfinished: Path,
+    path: Path,
+    info: CheckpointInfo,
+    tokenizer_path: Path,
+    add_files: Callable[[Path], None] | None = None,
+    known: Files | None = None,
+) -> None:
+    """Make a folder that holds its arrays already a checkpoint: all that describes them, the manifest, the name.
+
+    Args:
+        unfinished: the folder, which gets its name at the end.
+        path: that name.
+        info: see CheckpointInfo.
+        tokenizer_path: folder copied to `tokenizer/`.
+        add_files: called with the unfinished folder before its manifest is written; what it raises ends the call.
+        known: manifest entries of files that need not be read again.
+    """
+    shutil.copytree(tokenizer_path, unfinished / "tokenizer", dirs_exist_ok=True)
+    write_json(unfinished / "checkpoint.json", info.to_json())
+    if add_files is not None:
+        add_files(unfinished)
+    write_manifest(unfinished, known)
+    _put_in_place(unfinished, path)
 
 
 def finish_saves(run_path: Path) -> None:
@@ -118,25 +139,7 @@ def verify_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is not a finished checkpoint: it has no {MANIFEST}; "
             "give a run folder or one of its checkpoints/STEP folders"
         )
-    manifest = read_json(path / MANIFEST)
-    check_schema(manifest, path / MANIFEST)
-    with reading(path / MANIFEST):
-        _compare_files(path, manifest)
-    return manifest
-
-
-def _compare_files(path: Path, manifest: dict[str, Any]) -> None:
-    found = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()} - {MANIFEST}
-    for name in sorted(found ^ manifest["files"].keys()):
-        state = "not in the manifest" if name in found else "missing"
-        raise ArtifactError(f"checkpoint {path}: file {name} is {state}; use another step, or copy the folder anew")
-    for name, wanted in manifest["files"].items():
-        got = _describe_file(path / name)
-        if got != wanted:
-            raise ArtifactError(
-                f"checkpoint {path}: file {name} is damaged: {got['bytes']} bytes sha256 {got['sha256'][:12]}…, "
-                f"the manifest says {wanted['bytes']} bytes sha256 {wanted['sha256'][:12]}…; use another step"
-            )
+    return verify_manifest(path)
 
 
 def load_checkpoint_info(path: Path) -> CheckpointInfo:
@@ -177,7 +180,7 @@ def has_ema(path: Path) -> bool:
 
 def has_optimizer_state(path: Path) -> bool:
     """Whether training can continue from this checkpoint, not only start from its parameters."""
-    return any((path / "arrays").glob("first_moment.*"))
+    return any((path / "arrays").glob("multipliers.*"))  # optimizers differ in their moments, SGD may have none
 
 
 def list_checkpoints(run_path: Path) -> list[Path]:
@@ -251,10 +254,10 @@ def find_checkpoint(path: Path) -> Path:
     return found
 
 
-def remove_old_checkpoints(run_path: Path, saved: Path, keep: int, best: Sequence[int] = ()) -> None:
+def remove_old_checkpoints(run_path: Path, saved: Path, keep: int, kept_steps: Collection[int] = ()) -> None:
     """Delete all but `keep` checkpoints, counted back from the one just saved, and what killed processes left.
 
-    Those of the steps in `best` are kept, too.
+    Those of the steps in `kept_steps`, such as the best one, are kept, too.
 
     Those of later steps are damaged ones that the run went back behind: they do not count as kept.
     """
@@ -265,7 +268,7 @@ def remove_old_checkpoints(run_path: Path, saved: Path, keep: int, best: Sequenc
         shutil.rmtree(leftover)
     reached = [path for path in list_checkpoints(run_path) if int(path.name) <= int(saved.name)]
     for path in reached[keep:]:
-        if int(path.name) in best:
+        if int(path.name) in kept_steps:
             continue
         shutil.rmtree(path.rename(_superseded(path)))
 
@@ -276,30 +279,12 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
         shutil.rmtree(_superseded(path), ignore_errors=True)
         path.rename(_superseded(path))
     unfinished.rename(path)
+    flush(path.parent)
     shutil.rmtree(_superseded(path), ignore_errors=True)
 
 
 def _superseded(path: Path) -> Path:
     return path.with_name(path.name + ".superseded")
-
-
-def _describe_files(folder: Path) -> dict[str, Any]:
-    files = {
-        str(file.relative_to(folder)): _describe_file(file) for file in sorted(folder.rglob("*")) if file.is_file()
-    }
-    # Orbax stamps its own metadata with time and place, so the fingerprint covers the arrays and our description.
-    lasting = {
-        name: entry["sha256"]
-        for name, entry in files.items()
-        if not Path(name).name.startswith(("_", "commit_success"))
-    }
-    fingerprint = hashlib.sha256(repr(sorted(lasting.items())).encode()).hexdigest()
-    return {"schema": SCHEMA, "fingerprint": fingerprint, "files": files}
-
-
-def _describe_file(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
 
 def _synchronise(name: str) -> None:

@@ -13,13 +13,13 @@ from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_i
 STEPS = 6
 KILLED_WHILE_SAVING = """
 import os, signal, sys
-import t5pegasus.checkpoint as checkpoint
-write_json = checkpoint.write_json
+import t5pegasus.manifest as manifest
+write_json = manifest.write_json
 def kill_at_second_manifest(path, value):
     if path.parent.name == "4.unfinished" and path.name == "manifest.json":
         os.kill(os.getpid(), signal.SIGKILL)
     write_json(path, value)
-checkpoint.write_json = kill_at_second_manifest
+manifest.write_json = kill_at_second_manifest
 from launch.cli import main
 sys.exit(main(sys.argv[1:]))
 """

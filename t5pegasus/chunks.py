@@ -1,0 +1,194 @@
+"""One array of a checkpoint on disk as zarr3 chunk files of bounded size, read and written block by block.
+
+Chunks that `write_chunk` writes are the plain little-endian bytes of consecutive rows, so that what is in memory is
+what is hashed, checked and stored: float noise does not compress, and `manifest.json` has a checksum of every file.
+"""
+
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import math
+import mmap
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from t5pegasus.errors import writing
+
+CHUNK_BYTES = 16 << 20
+"""Chunks are at most so large. A disk is as fast as with larger ones, and a reader of a slice needs little memory."""
+_LARGEST_DECODED_BYTES = 2 * CHUNK_BYTES
+_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
+_ALIGNMENT = 4096  # of memory, offset and length in direct I/O; a multiple of every disk's block size in use
+
+# TensorStore would start a thread for each core of the machine, and each takes memory.
+_CONTEXT = ts.Context({"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
+
+Slices = tuple[slice, ...]
+
+
+class StoredArray:
+    """An array on disk of which any block can be read; threads may share it.
+
+    A block costs memory and time of its own size, but for arrays whose chunks are compressed and larger than those
+    that are written today: such an array is decoded once and kept until `release`.
+    """
+
+    def __init__(self, path: Path):
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
+        self._store = ts.open(spec, read=True, open=True, context=_CONTEXT).result()
+        self.shape = tuple(self._store.shape)
+        self.dtype = self._store.dtype.numpy_dtype
+        codecs = json.dumps(self._store.spec().to_json()["metadata"]["codecs"])
+        chunk_shape = self._store.chunk_layout.read_chunk.shape or ()
+        chunk_bytes = math.prod(size or 1 for size in chunk_shape) * self.dtype.itemsize
+        self._decode_whole = "zstd" in codecs and chunk_bytes > _LARGEST_DECODED_BYTES
+        self._decoded: np.ndarray | None = None
+        self._lock = threading.Lock()
+
+    def read(self, part: Slices) -> np.ndarray:
+        """`array[part]` in memory of its own."""
+        if not self._decode_whole:
+            return self._store[part].read().result()
+        with self._lock:
+            if self._decoded is None:
+                self._decoded = self._store.read().result()
+            return self._decoded[part].copy()
+
+    def release(self) -> None:
+        """Give back what is kept in memory; it can still be read."""
+        self._decoded = None
+
+
+def choose_chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
+    """Cut the leading dimensions, as evenly as possible, so that a chunk is consecutive rows of at most `limit` bytes.
+
+    It is a function of the array alone, whoever writes it.
+
+    Args:
+        shape: of the array.
+        itemsize: bytes of one entry.
+        limit: bytes of one chunk.
+    """
+    for dimension, size in enumerate(shape):
+        row_bytes = math.prod(shape[dimension + 1 :]) * itemsize
+        if row_bytes <= limit:
+            num_chunks = max(1, -(-size * row_bytes // limit))
+            while -(-size // num_chunks) * row_bytes > limit:
+                num_chunks += 1
+            return (1,) * dimension + (max(1, -(-size // num_chunks)), *shape[dimension + 1 :])
+    return (1,) * len(shape)
+
+
+def list_chunks(shape: tuple[int, ...], chunk_shape: tuple[int, ...]) -> Iterator[tuple[str, Slices]]:
+    """Name of the file below the array's folder, and the part of the array, of every chunk in C order."""
+    for index in itertools.product(*(range(-(-size // step)) for size, step in zip(shape, chunk_shape))):
+        part = tuple(
+            slice(place * step, min((place + 1) * step, size)) for place, step, size in zip(index, chunk_shape, shape)
+        )
+        yield "/".join(["c", *map(str, index)]), part
+
+
+def cut_rows(part: Slices, itemsize: int, limit: int) -> Iterator[Slices]:
+    """Divide a part of an array further, as `choose_chunk_shape` would, in C order."""
+    begin = tuple(each.start for each in part)
+    shape = tuple(each.stop - each.start for each in part)
+    for _, inner in list_chunks(shape, choose_chunk_shape(shape, itemsize, limit)):
+        yield tuple(slice(first + each.start, first + each.stop) for first, each in zip(begin, inner))
+
+
+def describe_array(shape: tuple[int, ...], dtype: np.dtype, chunk_shape: tuple[int, ...]) -> bytes:
+    """The content of `zarr.json`."""
+    metadata = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunk_shape}},
+        "chunk_key_encoding": {"name": "default"},
+        "codecs": [{"name": "bytes", "configuration": {"endian": "little"}}],
+        "fill_value": 0 if dtype.kind in "iu" else False if dtype.kind == "b" else 0.0,
+    }
+    return json.dumps(metadata).encode()
+
+
+def describe_arrays(names: list[str]) -> dict[str, bytes]:
+    """The files beside the arrays without which Orbax does not know what they are; here without its time stamps."""
+    tree = {
+        f"('{name}',)": {
+            "key_metadata": [{"key": name, "key_type": 2}],
+            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
+        }
+        for name in sorted(names)
+    }
+    handler = "orbax.checkpoint._src.handlers.pytree_checkpoint_handler.PyTreeCheckpointHandler"
+    contents: dict[str, dict[str, Any]] = {
+        "_METADATA": {
+            "tree_metadata": tree,
+            "use_ocdbt": False,
+            "use_zarr3": True,
+            "store_array_data_equal_to_fill_value": True,
+            "custom_metadata": None,
+        },
+        "_CHECKPOINT_METADATA": {"item_handlers": handler, "metrics": {}, "performance_metrics": {}},
+    }
+    return {name: json.dumps(content).encode() for name, content in contents.items()}
+
+
+class ChunkBuffer:
+    """Memory for one chunk at a time, placed so that the disk can fetch it without a copy."""
+
+    def __init__(self, num_bytes: int):
+        self._memory = mmap.mmap(-1, max(1, num_bytes))
+
+    def view(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """The beginning of the buffer as an array; what it held before is still there."""
+        return np.frombuffer(self._memory, dtype, math.prod(shape)).reshape(shape)
+
+
+def write_chunk(path: Path, chunk: np.ndarray) -> dict[str, Any]:
+    """Write a file and force it to the disk.
+
+    Args:
+        path: in a folder that exists.
+        chunk: whole, also at the edge of the array; contiguous and little-endian, best in a ChunkBuffer.
+
+    Returns:
+        Its entry in the manifest.
+
+    Raises:
+        OSError: if the disk is full, or fails in another way.
+    """
+    content = chunk.reshape(-1).view(np.uint8).data
+    with writing(path):
+        try:
+            _write(path, content, _DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not _DIRECT:
+                raise
+            _write(path, content, 0)  # a file system, or memory, that direct I/O cannot do
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _write(path: Path, content: memoryview, direct: int) -> None:
+    """Write a file past the page cache where `direct` is O_DIRECT: copying there costs more than all else of growth."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | direct, 0o666)
+    try:
+        whole = len(content) - len(content) % _ALIGNMENT if direct else len(content)
+        written = 0
+        while written < whole:
+            written += os.write(descriptor, content[written:whole])
+        if whole < len(content):
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~direct)
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
