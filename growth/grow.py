@@ -1,7 +1,6 @@
 """Growth itself: of a training state, as a pure function, and of a checkpoint on disk, with its receipt."""
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,12 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from growth.index_map import map_axes
-from growth.moments import grow_first_moment, grow_multiplier, grow_second_moment
-from growth.operators import grow_parameter
-from growth.plan import GrowthPlan, plan_growth
+from growth.leaves import GROUPS, grow_arrays
+from growth.moments import grow_records
+from growth.plan import Choices
+from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Receipt, check_receipt, draw_batches, measure_growth
-from t5pegasus.axes import ParamSpec
+from t5pegasus.axes import AxisMultiplier
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import (
     CheckpointInfo,
@@ -27,7 +26,6 @@ from t5pegasus.checkpoint import (
 from t5pegasus.config import ModelConfig, read_json, write_json
 from t5pegasus.data.loader import PackedRows, load_epoch
 from t5pegasus.errors import ArtifactError, UsageError
-from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.progress import Progress
 from t5pegasus.train.state import TrainState, arrays_to_state, state_to_arrays
 
@@ -36,49 +34,28 @@ _HELDOUT_BATCH_SIZE = 8
 _MAX_HELDOUT_BATCHES = 4
 
 
-def grow_state(state: TrainState, specs: Mapping[str, ParamSpec], plan: GrowthPlan) -> TrainState:
-    """The state of the grown model: a pure function in the precision of the state.
-
-    NumPy in gives NumPy out, without a device; JAX in gives JAX out, also under `jax.jit`.
+def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
+    """The state of the grown model, in the host's memory.
 
     Args:
-        state: of the source model; moments and multipliers may be empty, as in a converted checkpoint.
-        specs: declarations of the source's parameters.
-        plan: where to; its seed decides every random number, together with the parameter's name.
+        state: of the source model; moments, records and average may be empty, as in a converted checkpoint.
+        growth: where to; its seed decides every random number, together with the parameter's name.
 
     Returns:
-        Parameters, moments, multipliers and moving average of the target's sizes, the average by the operators and
-        random numbers of the parameters; step and data position as they were.
+        NumPy arrays in the precision of the given ones: parameters, moments, records of axes and moving average (by the
+        operators and random numbers of the parameters) of the target's sizes; step and data position as they were.
     """
-    maps = map_axes({axis for spec in specs.values() for axis in spec.axes}, plan.source, plan.target)
-
-    def grow_weights(weights: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            name: grow_parameter(array, specs[name], maps, _random_numbers(plan.seed, name), plan.noise)
-            for name, array in weights.items()
-        }
-
-    return TrainState(
-        step=state.step,
-        rows=state.rows,
-        parameters=grow_weights(state.parameters),
-        first_moment={name: grow_first_moment(array, specs[name], maps) for name, array in state.first_moment.items()},
-        second_moment={
-            name: grow_second_moment(array, specs[name], maps) for name, array in state.second_moment.items()
-        },
-        multipliers={
-            axis: grow_multiplier(multiplier, maps[axis]) if axis in maps else multiplier
-            for axis, multiplier in state.multipliers.items()
-        },
-        ema=grow_weights(state.ema),
-    )
+    plan = growth.plan
+    grown = {group: grow_arrays(group, getattr(state, group), growth.specs, plan) for group in GROUPS}
+    records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
+    return state._replace(**grown, multipliers=grow_records(records, plan.maps, int(state.step)))
 
 
 class GrownCheckpoint(NamedTuple):
     """What `grow_checkpoint` made or found."""
 
     path: Path
-    plan: GrowthPlan
+    growth: ModelGrowth
     receipt: Receipt
     already_there: bool
     """True if an earlier, finished call had made it."""
@@ -89,7 +66,7 @@ def grow_checkpoint(
     target: ModelConfig,
     output_path: Path,
     *,
-    seed: int = 0,
+    choices: Choices | Mapping[str, Any] | None = None,
     examples_path: Path | None = None,
 ) -> GrownCheckpoint:
     """Grow a checkpoint into one of the same form, and prove it: plan, grow, measure, save.
@@ -101,7 +78,7 @@ def grow_checkpoint(
         checkpoint_path: a checkpoint folder, or a run, whose last good checkpoint is meant.
         target: config to reach; see `plan_growth`.
         output_path: folder to create; holds also `receipt.json`.
-        seed: of the new random entries.
+        choices: operators and policies, as an object or as a plan file has them.
         examples_path: examples to compare the models on, the `heldout` ones in it if it has such a folder;
             None takes random tokens.
 
@@ -112,28 +89,28 @@ def grow_checkpoint(
     """
     checkpoint_path = find_checkpoint(checkpoint_path)
     info = load_checkpoint_info(checkpoint_path)
-    plan = plan_growth(info.config.model, target, seed)
+    growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
     entry = {
-        "plan": plan.to_json(),
-        "plan_hash": plan.hash,
+        "plan": growth.to_json(),
+        "plan_hash": growth.hash,
         "source_fingerprint": verify_checkpoint(checkpoint_path)["fingerprint"],
         "step": info.step,
     }
     if output_path.exists():
-        return GrownCheckpoint(output_path, plan, _read_finished(output_path, entry), already_there=True)
-    batches, evidence = _load_evidence(checkpoint_path, info, seed, examples_path)
+        return GrownCheckpoint(output_path, growth, _read_finished(output_path, entry), already_there=True)
+    batches, evidence = _load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
     with Progress("grow", total=4, unit="stages") as progress:
         source = arrays_to_state(load_arrays(checkpoint_path))
         progress.advance()
-        grown = grow_state(source, declare_parameters(plan.source), plan)
+        grown = grow_state(source, growth)
         arrays = state_to_arrays(grown)
         progress.advance()
         size = sum(array.nbytes for array in arrays.values())
-        receipt = measure_growth(plan, source.parameters, grown.parameters, batches, evidence, size)
+        receipt = measure_growth(growth, source.parameters, grown.parameters, batches, evidence, size)
         check_receipt(receipt)
         progress.advance()
         grown_info = dataclasses.replace(
-            info, config=dataclasses.replace(info.config, model=target), lineage=(*info.lineage, entry)
+            info, config=dataclasses.replace(info.config, model=growth.target), lineage=(*info.lineage, entry)
         )
         save_checkpoint(
             output_path,
@@ -143,13 +120,7 @@ def grow_checkpoint(
             lambda folder: write_json(folder / RECEIPT, receipt.to_json()),
         )
         progress.advance()
-    return GrownCheckpoint(output_path, plan, receipt, already_there=False)
-
-
-def _random_numbers(seed: int, name: str) -> np.random.Generator:
-    """A counter-based stream for each parameter, the same on every platform (Salmon et al. 2011, Philox)."""
-    own = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.Philox(key=np.array([seed, own], np.uint64)))
+    return GrownCheckpoint(output_path, growth, receipt, already_there=False)
 
 
 def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:

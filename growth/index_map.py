@@ -5,75 +5,215 @@ columns of the relative bias with the heads of self-attention, the encoder's str
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import numpy as np
 
-from t5pegasus.axes import axis_size, logical_axis
-from t5pegasus.config import ModelConfig
+Mixtures = tuple[tuple[int, ...] | None, ...]
+"""For each created row the source rows whose mean it begins as; None means all of them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class IndexMap:
-    """One axis of the grown model in terms of the source's; all arrays have the grown size."""
+    """One axis of the grown model in terms of the source's; all arrays have the grown size.
+
+    `written`, `read` and `ratio` have the meaning of `t5pegasus.axes.AxisMultiplier`, for this growth alone.
+    """
 
     sources: np.ndarray
-    """int32: the source index an entry copies, -1 where it copies none."""
+    """int32: the source entry that an entry is, or stands beside if it is created."""
     written: np.ndarray
-    """float64: multiplier of what writes the axis; 0 marks an entry that growth creates."""
+    """float64: multiplier of what writes the axis; 1 for created entries."""
     read: np.ndarray
-    """float64: multiplier of what reads the axis; 0 where `written` is."""
+    """float64: multiplier of what reads it; 1 for created entries."""
+    created: np.ndarray
+    """bool: entries that the source model has nothing for."""
+    source_size: int
+    ratio: float = 1.0
+    """Grown over source size, where what the model computes may hang on it (stream and units)."""
+    mixtures: Mixtures = ()
+    """Where created entries are rows of a table: what each begins as, in their order."""
 
     @property
-    def created(self) -> np.ndarray:
-        """bool: the entries that the source model did not have."""
-        return self.written == 0
+    def size(self) -> int:
+        """Number of entries after growth."""
+        return len(self.sources)
 
     @property
-    def num_kept(self) -> int:
-        """Number of entries the source model had."""
-        return int(np.count_nonzero(self.written))
+    def copied(self) -> np.ndarray:
+        """bool: entries that repeat a source entry which an earlier entry is already."""
+        first = np.zeros(self.size, bool)
+        kept = np.flatnonzero(~self.created)
+        first[kept[np.unique(self.sources[kept], return_index=True)[1]]] = True
+        return ~self.created & ~first
+
+    @property
+    def copies(self) -> np.ndarray:
+        """int64 [source size]: how many entries each source entry has become."""
+        return np.bincount(self.sources[~self.created], minlength=self.source_size)
+
+    @property
+    def contrast(self) -> np.ndarray:
+        """float64: a direction along which what reads the axis may move without any effect.
+
+        Over the copies of each source entry Σ written·contrast = 0, its root mean square is that of `read`, and
+        it is different for every copy; 0 where there is a single one.
+        """
+        place = np.zeros(self.size)
+        order = np.argsort(self.sources, kind="stable")
+        order = order[~self.created[order]]
+        ends = np.cumsum(self.copies)
+        place[order] = np.arange(len(order)) - np.repeat(ends - self.copies, self.copies)
+
+        def over_copies(values: np.ndarray) -> np.ndarray:
+            sums = np.bincount(self.sources, np.where(self.created, 0.0, values), minlength=self.source_size)
+            return sums[self.sources]
+
+        centred = place - over_copies(self.written * place) / np.maximum(over_copies(self.written), 1e-300)
+        centred[self.created | (self.copies[self.sources] < 2)] = 0.0
+        norm = over_copies(centred**2)
+        scale = np.sqrt(np.divide(over_copies(self.read**2), norm, out=np.zeros(self.size), where=norm > 0))
+        return centred * scale
+
+    def then(self, later: "IndexMap") -> "IndexMap":
+        """The map of this growth followed by another one; rows created by either begin as theirs say.
+
+        Raises:
+            ValueError: if a row is created from one that was itself created before.
+        """
+        sources, created = later.sources, later.created | self.created[later.sources]
+        if self.mixtures and later.mixtures:
+            raise ValueError("rows were created twice; grow the vocabulary in one plan")
+        return IndexMap(
+            sources=self.sources[sources],
+            written=np.where(later.created, 1.0, self.written[sources] * later.written),
+            read=np.where(later.created, 1.0, self.read[sources] * later.read),
+            created=created,
+            source_size=self.source_size,
+            ratio=self.ratio * later.ratio,
+            mixtures=self.mixtures or later.mixtures,
+        )
 
 
-def map_axis(axis: str, source_size: int, target_size: int) -> IndexMap:
-    """The map of an axis that grows, by its logical kind (docs/growth.md, “Maps”).
+def spread(source_size: int, target_size: int) -> np.ndarray:
+    """Entry j stands at source entry ⌊j·source/target⌋: every share of the axis is made of the same share.
 
-    Raises:
-        ValueError: for an axis that this package has no rule for, or a size that does not grow.
+    The order of an axis' entries means nothing to the model, so any is right; this one lets each device grow its
+    own part of a split axis from the part that it has, wherever the devices divide both sizes.
     """
-    if target_size <= source_size:
-        raise ValueError(f"axis {axis!r} has {source_size} entries, {target_size} are not more")
-    match logical_axis(axis):
-        case "embed":
-            # Zeros lower the mean square by d/D; √(D/d) on what is kept restores it, so that ε may stay.
-            return _pad(source_size, target_size, amplitude=math.sqrt(target_size / source_size))
-        case "mlp" | "heads" | "qk" | "vo":
-            return _pad(source_size, target_size, amplitude=1.0)
-        case "layers":
-            return _interpose(source_size, target_size)
-        case other:
-            raise ValueError(f"axis {axis!r} cannot grow: there is no rule for {other!r}")
+    return (np.arange(target_size, dtype=np.int64) * source_size // target_size).astype(np.int32)
 
 
-def map_axes(axes: Iterable[str], source: ModelConfig, target: ModelConfig) -> dict[str, IndexMap]:
-    """The maps of those axes whose size differs between two models, by axis name."""
-    sizes = {axis: (axis_size(axis, source), axis_size(axis, target)) for axis in axes}
-    return {axis: map_axis(axis, *pair) for axis, pair in sizes.items() if pair[0] != pair[1]}
+def duplicate_stream(source_size: int, target_size: int, first_share: float | None, *, scale_gains: bool) -> IndexMap:
+    """Repeat coordinates of the residual stream, at any size: a scaled isometry (theory T1).
+
+    Coordinate i becomes k copies of amplitude √(c·β), with shares β that sum to 1 over its copies, so that the squares
+    sum to c·x². With c = D/d the mean square, and with it ε, stay; with c = 1 (`scale_gains`) they fall by d/D, and
+    gains and ε make up for it. Readers take √(β/c) of each, the left inverse that keeps gradients in proportion.
+
+    Args:
+        source_size: d.
+        target_size: D.
+        first_share: β of the first copy where there are several; None shares evenly.
+        scale_gains: the form with c = 1.
+    """
+    sources = spread(source_size, target_size)
+    shares = _shares(sources, source_size, first_share)
+    return _isometry(sources, shares, np.zeros(target_size, bool), source_size, scale_gains=scale_gains)
 
 
-def _pad(source_size: int, target_size: int, amplitude: float) -> IndexMap:
-    entries = np.arange(target_size, dtype=np.int32)
-    kept = entries < source_size
+def pad_stream(source_size: int, target_size: int, *, tail: bool, scale_gains: bool) -> IndexMap:
+    """Keep each coordinate once and create the others, which nothing writes at first (see `duplicate_stream`)."""
+    sources, created = _pad(source_size, target_size, tail=tail)
+    return _isometry(sources, np.ones(target_size), created, source_size, scale_gains=scale_gains)
+
+
+def duplicate_units(source_size: int, target_size: int, first_share: float | None) -> IndexMap:
+    """Repeat hidden units, heads or entries of heads; what reads them takes the share β of each copy (T3, T4)."""
+    sources = spread(source_size, target_size)
     return IndexMap(
-        sources=np.where(kept, entries, -1).astype(np.int32),
-        written=np.where(kept, amplitude, 0.0),
-        read=np.where(kept, 1.0 / amplitude, 0.0),
+        sources=sources,
+        written=np.ones(target_size),
+        read=_shares(sources, source_size, first_share),
+        created=np.zeros(target_size, bool),
+        source_size=source_size,
+        ratio=target_size / source_size,
     )
 
 
-def _interpose(source_size: int, target_size: int) -> IndexMap:
-    """Spread new layers evenly; each copies the layer before it."""
-    sources = np.arange(target_size, dtype=np.int64) * source_size // target_size
-    kept = np.diff(sources, prepend=-1) > 0
-    return IndexMap(sources.astype(np.int32), written=kept.astype(np.float64), read=kept.astype(np.float64))
+def pad_units(source_size: int, target_size: int, *, tail: bool) -> IndexMap:
+    """Keep every unit and create further ones, which nothing reads at first."""
+    sources, created = _pad(source_size, target_size, tail=tail)
+    ones = np.ones(target_size)
+    return IndexMap(sources, ones, ones, created, source_size, ratio=target_size / source_size)
+
+
+def insert_layers(source_size: int, after: Sequence[int]) -> IndexMap:
+    """Insert layers that write nothing at first, each behind a source layer, whose copy it otherwise is.
+
+    Args:
+        source_size: number of layers.
+        after: for each new layer the index of the one it stands behind, -1 for the bottom (it copies layer 0).
+    """
+    behind = np.sort(np.asarray(after, np.int64))
+    sources, created = [], []
+    for layer in range(-1, source_size):
+        if layer >= 0:
+            sources.append(layer)
+            created.append(False)
+        count = int(np.count_nonzero(behind == layer))
+        sources += [max(layer, 0)] * count
+        created += [True] * count
+    ones = np.ones(len(sources))
+    return IndexMap(np.array(sources, np.int32), ones, ones, np.array(created), source_size)
+
+
+def stack_layers(source_size: int, order: Sequence[int]) -> IndexMap:
+    """Layers in this order, some of them several times: what the model computes changes."""
+    ones = np.ones(len(order))
+    return IndexMap(np.array(order, np.int32), ones, ones, np.zeros(len(order), bool), source_size)
+
+
+def add_rows(source_size: int, mixtures: Mixtures) -> IndexMap:
+    """Append rows to a table, each beginning as the mean of some of its rows."""
+    size = source_size + len(mixtures)
+    ones, entries = np.ones(size), np.arange(size)
+    sources = np.minimum(entries, source_size - 1).astype(np.int32)
+    return IndexMap(sources, ones, ones, entries >= source_size, source_size, mixtures=mixtures)
+
+
+def select_rows(source_size: int, sources: Sequence[int]) -> IndexMap:
+    """A table whose rows are those of the source, some of them several times."""
+    ones = np.ones(len(sources))
+    return IndexMap(np.asarray(sources, np.int32), ones, ones, np.zeros(len(sources), bool), source_size)
+
+
+def _shares(sources: np.ndarray, source_size: int, first_share: float | None) -> np.ndarray:
+    copies = np.bincount(sources, minlength=source_size)[sources]
+    if first_share is None:
+        return 1.0 / copies
+    first = np.diff(sources, prepend=-1) > 0
+    return np.where(copies == 1, 1.0, np.where(first, first_share, (1.0 - first_share) / np.maximum(copies - 1, 1)))
+
+
+def _pad(source_size: int, target_size: int, *, tail: bool) -> tuple[np.ndarray, np.ndarray]:
+    if tail:
+        entries = np.arange(target_size)
+        return np.minimum(entries, source_size - 1).astype(np.int32), entries >= source_size
+    sources = spread(source_size, target_size)
+    return sources, np.diff(sources, prepend=-1) == 0
+
+
+def _isometry(
+    sources: np.ndarray, shares: np.ndarray, created: np.ndarray, source_size: int, *, scale_gains: bool
+) -> IndexMap:
+    ratio = len(sources) / source_size
+    square = 1.0 if scale_gains else ratio
+    return IndexMap(
+        sources=sources,
+        written=np.where(created, 1.0, np.sqrt(square * shares)),
+        read=np.where(created, 1.0, np.sqrt(shares / square)),
+        created=created,
+        source_size=source_size,
+        ratio=ratio,
+    )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from growth.plan import GrowthPlan
+from growth.t5 import ModelGrowth
 from t5pegasus.axes import ParamSpec, logical_axis
 from t5pegasus.batch import Batch
 from t5pegasus.config import SCHEMA, DataConfig, ModelConfig
@@ -69,7 +69,7 @@ class Receipt:
 
 
 def measure_growth(
-    plan: GrowthPlan, source: Arrays, grown: Arrays, batches: Sequence[Batch], evidence: str, grown_bytes: int
+    plan: ModelGrowth, source: Arrays, grown: Arrays, batches: Sequence[Batch], evidence: str, grown_bytes: int
 ) -> Receipt:
     """Compare source and grown model on batches, and the source with permutations of itself.
 
@@ -82,7 +82,9 @@ def measure_growth(
         grown_bytes: size of the grown state, for the receipt.
     """
     specs = declare_parameters(plan.source)
-    orders = [_draw_orders(specs, np.random.default_rng((plan.seed, draw))) for draw in range(NUM_PERMUTATIONS)]
+    orders = [
+        _draw_orders(specs, np.random.default_rng((plan.plan.choices.seed, draw))) for draw in range(NUM_PERMUTATIONS)
+    ]
     unchanged = {axis: np.arange(len(order)) for axis, order in orders[0].items()}
     source, grown = jax.device_put((source, grown))
     growth, floors = _Difference(), [_Difference() for _ in orders]
@@ -97,7 +99,7 @@ def measure_growth(
     floor = float(np.max([each.largest for each in floors]))
     return Receipt(
         plan_hash=plan.hash,
-        function_class=plan.function_class,
+        function_class=plan.plan.promise,
         evidence=evidence,
         num_target_tokens=int(growth.weight),
         max_logit_difference=growth.largest,

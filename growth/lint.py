@@ -1,0 +1,124 @@
+"""Plans that are lossless and yet wrong: capacity that stays dead, or locked, or a state that starves what was learned.
+
+Each rule is one of the hazards of docs/growth.md; a refused plan is told what to change.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from growth.plan import GrowthPlan
+from t5pegasus.axes import ParamSpec
+from t5pegasus.errors import UsageError
+
+LARGEST_FIRST_UPDATE = 1.5
+"""Of an entry whose moments begin at zero, in units of the usual one."""
+LARGEST_FACTOR = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerFacts:
+    """What of an optimizer a plan must fit."""
+
+    name: str
+    beta1: float = 0.9
+    beta2: float = 0.98
+    changed_structure: Sequence[str] = ()
+    """Adafactor: parameters whose second moment is factored before growth or after it, but not both."""
+
+
+def check_plan(plan: GrowthPlan, specs: Mapping[str, ParamSpec], optimizer: OptimizerFacts | None) -> list[str]:
+    """Refuse a dead or locked plan.
+
+    Args:
+        plan: to look at.
+        specs: declarations of the source's parameters.
+        optimizer: of the state that grows; None if there is only a model.
+
+    Returns:
+        Sentences about what is allowed, but seldom wise.
+
+    Raises:
+        UsageError: in a sentence that says what to change.
+    """
+    if plan.choices.dynamics == "exact":
+        _check_exact_dynamics(plan)
+    else:
+        _check_breakers(plan)
+    if optimizer is not None:
+        _check_state(plan, optimizer)
+    read = {axis for spec in specs.values() for axis in spec.contracted}
+    for each in plan.axes:
+        if each.kind == "units" and each.axis not in read:
+            raise UsageError(
+                f"axis {each.axis} is read by no parameter (none has it in `contracted`), so its copies would add up; "
+                "declare what reads it, or keep its size"
+            )
+    return [
+        f"axis {each.axis} grows {each.target / each.source:.1f}-fold at once; {LARGEST_FACTOR}-fold at most is usual"
+        for each in plan.axes
+        if each.kind in ("stream", "units", "layers") and each.target > LARGEST_FACTOR * each.source
+    ]
+
+
+def _check_breakers(plan: GrowthPlan) -> None:
+    choices = plan.choices
+    if choices.noise > 0:
+        return
+    for each in plan.axes:
+        if each.kind not in ("stream", "units"):
+            continue
+        if each.map.created.any():
+            raise UsageError(
+                f"axis {each.axis}: with noise=0 what writes its new entries and what reads them is both zero, and so "
+                "is every gradient, for ever; give noise=1, or dynamics=exact if they are to stay silent"
+            )
+        shares = each.map.read[each.map.copies[each.map.sources] > 1]
+        even = np.allclose(shares, shares[:1]) if len(shares) else True
+        if each.map.copied.any() and choices.state != "asymmetric" and (even or each.kind == "stream"):
+            raise UsageError(
+                f"axis {each.axis}: with noise=0 and state={choices.state} its copies get equal updates for ever and "
+                "are no new capacity; give noise=1 or state=asymmetric, or dynamics=exact if that is what you want"
+            )
+
+
+def _check_exact_dynamics(plan: GrowthPlan) -> None:
+    choices = plan.choices
+    for field, wanted, got in (
+        ("noise", 0, choices.noise),
+        ("state", "mapped", choices.state),
+        ("learning_rate.policy", "keep", choices.learning_rate.policy),
+    ):
+        if got != wanted:
+            raise UsageError(f"dynamics=exact needs {field}={wanted}, got {got}; change one of them")
+    for each in plan.axes:
+        if each.kind not in ("stream", "units"):
+            raise UsageError(
+                f"axis {each.axis}: {each.operator['operator']} adds what learns from the first update on, so that "
+                "training cannot stay the source's; leave it for another plan, or give dynamics=free"
+            )
+
+
+def _check_state(plan: GrowthPlan, optimizer: OptimizerFacts) -> None:
+    state = plan.choices.state
+    if optimizer.name == "adafactor":
+        if state != "mapped" and plan.choices.dynamics == "free":
+            raise UsageError(
+                f"state={state} would begin Adafactor's means of squares at zero, which starves the entries that share "
+                "a row or a column with new ones for about a hundred updates; give state=mapped, and noise for copies"
+            )
+        if optimizer.changed_structure and not plan.choices.refactor:
+            names = ", ".join(optimizer.changed_structure[:3])
+            raise UsageError(
+                f"Adafactor keeps {len(optimizer.changed_structure)} parameters' second moments in another form after "
+                f"this growth ({names}), and what it keeps whole now is lost but for its rank-one part; accept that by "
+                "refactor=true, or choose sizes on the same side of min_dim_size_to_factor"
+            )
+    if optimizer.name == "adamw" and state == "reset":
+        first = (1 - optimizer.beta1) / (1 - optimizer.beta2) ** 0.5
+        if first > LARGEST_FIRST_UPDATE:
+            raise UsageError(
+                f"state=reset makes the first update {first:.1f} times the usual one at beta1={optimizer.beta1}, "
+                f"beta2={optimizer.beta2}; give state=mapped or asymmetric"
+            )
