@@ -77,7 +77,9 @@ def main() -> None:
     config = RunConfig(
         model=dataclasses.replace(tiny().model, d_model=128, d_kv=32, num_heads=4, d_ff=256),
         data=DataConfig(**LENGTHS, pack=False),
-        optimizer=OptimizerConfig(args.learning_rate, warmup_steps=args.steps // 8, decay_steps=args.steps // 5),
+        optimizer=OptimizerConfig(
+            learning_rate=args.learning_rate, warmup_steps=args.steps // 8, decay_steps=args.steps // 5
+        ),
         train=TrainConfig(steps=args.steps, batch_size=16, z_loss=0.0),
     )
     with contextlib.ExitStack() as stack:
@@ -162,7 +164,7 @@ class HuggingFace:
             {"params": kernels, "weight_decay": config.optimizer.weight_decay},
             {"params": gains, "weight_decay": 0.0},
         ]
-        betas = config.optimizer.beta1, config.optimizer.beta2
+        betas = config.optimizer.momentum, config.optimizer.beta2
         self.optimizer = torch.optim.AdamW(parts, betas=betas, eps=config.optimizer.epsilon)
         self.max_norm, self.wide, self.seconds = config.optimizer.max_grad_norm, wide, []
 

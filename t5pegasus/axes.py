@@ -6,7 +6,7 @@ follow from it. An axis name is scoped (`decoder.self.heads`); its last componen
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 LOGICAL_AXES = ("layers", "embed", "heads", "qk", "vo", "mlp", "vocab", "relpos_buckets")
@@ -45,6 +45,38 @@ class ParamSpec:
     def decays(self) -> bool:
         """Whether weight decay applies: to everything but gains."""
         return not self.gain
+
+    def restrict(self, axes: Collection[str]) -> "ParamSpec":
+        """The declaration of what is left of the parameter when all but these axes are summed over."""
+        kept = [(axis, size) for axis, size in zip(self.axes, self.shape) if axis in axes]
+        return dataclasses.replace(
+            self, axes=tuple(axis for axis, _ in kept), shape=tuple(size for _, size in kept),
+            contracted=tuple(axis for axis in self.contracted if axis in axes),
+        )  # fmt: skip
+
+
+class MomentSpec(NamedTuple):
+    """What one moment of a parameter is: a declaration of its own axes, and how growth multiplies it."""
+
+    spec: ParamSpec
+    power: int
+    """Growth multiplies it by r^power, r being the gradients' multiplier along the moment's own axes."""
+
+
+def factored_axes(spec: ParamSpec, min_size: int) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(row axes, column axes) of a parameter whose second moment Adafactor keeps as two means; None where it does not.
+
+    Rows are the stream, `embed`, columns all other axes jointly (vocab, mlp, or heads with qk or vo); each layer of a
+    stack is a matrix of its own. Gains and the relative bias lack one of the two. (The rule of T5X, by declaration.)
+
+    Args:
+        spec: the parameter's declaration.
+        min_size: both rows and columns must be at least so many.
+    """
+    rows = tuple(axis for axis in spec.axes if logical_axis(axis) == "embed")
+    columns = tuple(axis for axis in spec.axes if logical_axis(axis) not in ("embed", "layers"))
+    numbers = [math.prod(size for axis, size in zip(spec.axes, spec.shape) if axis in part) for part in (rows, columns)]
+    return (rows, columns) if rows and columns and min(numbers) >= min_size else None
 
 
 class AxisMultiplier(NamedTuple):

@@ -178,6 +178,11 @@ def has_ema(path: Path) -> bool:
     return any((path / "arrays").glob("ema.*"))
 
 
+def list_arrays(path: Path) -> frozenset[str]:
+    """The dotted names of a checkpoint's arrays: each has a folder."""
+    return frozenset(folder.name for folder in (path / "arrays").iterdir() if folder.is_dir())
+
+
 def has_optimizer_state(path: Path) -> bool:
     """Whether training can continue from this checkpoint, not only start from its parameters."""
     return any((path / "arrays").glob("multipliers.*"))  # optimizers differ in their moments, SGD may have none

@@ -91,8 +91,8 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a run's state."""
     specs, with_ema = declare_parameters(config.model), config.train.ema_decay > 0
     parameters = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
-    shapes = jax.eval_shape(lambda values: start_state(values, specs, with_ema=with_ema), parameters)
-    return jax.tree.map(_placed, shapes, state_shardings(specs, mesh, with_ema=with_ema))
+    shapes = jax.eval_shape(lambda values: start_state(values, specs, config.optimizer, with_ema=with_ema), parameters)
+    return jax.tree.map(_placed, shapes, state_shardings(specs, mesh, config.optimizer, with_ema=with_ema))
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

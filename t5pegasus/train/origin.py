@@ -16,16 +16,19 @@ from t5pegasus.checkpoint import (
     find_last_good,
     has_ema,
     has_optimizer_state,
+    list_arrays,
     load_arrays,
     load_checkpoint_info,
     load_parameters,
 )
 from t5pegasus.config import RunConfig
-from t5pegasus.errors import UsageError
+from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.train.optimizer import Moments, declare_moments
 from t5pegasus.train.state import (
     TrainState,
     arrays_to_state,
+    check_multipliers,
     init_state,
     start_state,
     state_shardings,
@@ -82,13 +85,19 @@ def find_origin(
             return _restore(path, config, mesh, manifest, reset_rows=reset_rows)
         return _restore_parameters(path, config, mesh, manifest)
     return Origin(
-        0, 0, lambda: init_state(config.model, config.train.seed, mesh, with_ema=_keeps_ema(config)), False, (), ()
+        0,
+        0,
+        lambda: init_state(config.model, config.train.seed, mesh, config.optimizer, with_ema=_keeps_ema(config)),
+        False,
+        (),
+        (),
     )
 
 
 def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], *, reset_rows: bool) -> Origin:
     info = load_checkpoint_info(path)
     _check_model(path, info, config)
+    _check_optimizer(path, info, config)
     if config.train.compute_dtype == "auto":
         way_out = f"keep it by --train.compute-dtype {info.compute_dtype}, or name the other one"
         _check_same("compute dtype", path, info.compute_dtype, str(resolve_compute_dtype(config)), way_out)
@@ -105,7 +114,7 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
         logger.warning("%s: its moving average is left behind, because train.ema_decay is 0", path)
 
     def load() -> TrainState:
-        shardings = state_shardings(specs, mesh, with_ema=stored_ema and _keeps_ema(config))
+        shardings = state_shardings(specs, mesh, config.optimizer, with_ema=stored_ema and _keeps_ema(config))
         state = arrays_to_state(load_arrays(path, shardings=state_to_arrays(shardings)))
         if _keeps_ema(config) and not stored_ema:  # it begins here, at the parameters
             state = state._replace(ema={name: jnp.copy(array) for name, array in state.parameters.items()})
@@ -123,11 +132,11 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
     specs = declare_parameters(config.model)
 
     def load() -> TrainState:
-        shardings = state_shardings(specs, mesh, with_ema=_keeps_ema(config))
+        shardings = state_shardings(specs, mesh, config.optimizer, with_ema=_keeps_ema(config))
         parameters = load_parameters(path, shardings=shardings.parameters)
 
         def start(values: dict[str, jax.Array]) -> TrainState:
-            return start_state(values, specs, with_ema=_keeps_ema(config))
+            return start_state(values, specs, config.optimizer, with_ema=_keeps_ema(config))
 
         return jax.jit(start, out_shardings=shardings)(parameters)
 
@@ -146,6 +155,26 @@ def _check_model(path: Path, info: CheckpointInfo, config: RunConfig) -> None:
                 f"checkpoint {path} has model.{field}={stored[field]!r}, got {value!r}; leave the model flags out, "
                 "or make a larger checkpoint of it first with: t5pegasus grow"
             )
+
+
+def _check_optimizer(path: Path, info: CheckpointInfo, config: RunConfig) -> None:
+    """The state must be what this optimizer keeps, array by array."""
+    names = list_arrays(path)
+    check_multipliers(names)
+    way_out = f"continue with the same, or take the parameters alone: t5pegasus finetune {path}"
+    stored, wanted = info.config.optimizer, config.optimizer
+    _check_same("optimizer.name", path, stored.name, wanted.name, way_out)
+    before, now = (declare_moments(each, declare_parameters(config.model)) for each in (stored, wanted))
+    for field in ("momentum", "min_dim_size_to_factor"):
+        if before != now:
+            _check_same(f"optimizer.{field}", path, getattr(stored, field), getattr(wanted, field), way_out)
+    expected = {f"{kind}.{name}" for kind, group in now.items() for name in group}
+    kept = {name for name in names if name.partition(".")[0] in Moments._fields}
+    if expected != kept:
+        raise ArtifactError(
+            f"optimizer state of checkpoint {path} {'has' if kept - expected else 'lacks'} {min(expected ^ kept)}; "
+            f"take its parameters alone: t5pegasus finetune {path}"
+        )
 
 
 def _check_tokenizer_of(path: Path, info: CheckpointInfo, manifest: dict[str, Any]) -> None:

@@ -13,10 +13,11 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind, declare_parameters
 from t5pegasus.sharding import batch_shardings, check_batch_divides, param_shardings, place_batch
+from t5pegasus.train.ema import update_ema
 from t5pegasus.train.groups import frozen_parameters, learning_rate_factors
 from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
 from t5pegasus.train.noise import disturb_decoder_inputs
-from t5pegasus.train.optimizer import apply_adamw, keep_frozen, make_schedule, update_ema, weighted_norm
+from t5pegasus.train.optimizer import apply_optimizer, keep_frozen, make_schedule, weighted_norm
 from t5pegasus.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -39,7 +40,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> "OnMesh":
     check_batch_divides(config.train.batch_size, config.train.accumulation_steps, mesh)
     specs = declare_parameters(config.model)
     update = pure_train_step(config, specs, resolve_compute_dtype(config))
-    shardings = state_shardings(specs, mesh, with_ema=config.train.ema_decay > 0)
+    shardings = state_shardings(specs, mesh, config.optimizer, with_ema=config.train.ema_decay > 0)
     return OnMesh(
         mesh,
         jax.jit(
@@ -54,7 +55,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> "OnMesh":
 def pure_train_step(
     config: RunConfig, specs: Mapping[str, ParamSpec], compute_dtype: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update as a pure function: micro-batch gradients summed, clipped, applied by AdamW."""
+    """The update as a pure function: micro-batch gradients summed, clipped, applied by the optimizer."""
     schedule = make_schedule(config.optimizer, config.train.steps)
     smoothing = config.train.label_smoothing
     factors = learning_rate_factors(config.optimizer, specs)
@@ -84,9 +85,9 @@ def pure_train_step(
         clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
         gradients = {name: clip * gradient for name, gradient in gradients.items()}
         learning_rate = schedule(state.step)
-        parameters, first, second = apply_adamw(
-            config.optimizer, specs, state.multipliers, state.parameters, gradients,
-            state.first_moment, state.second_moment, state.step, learning_rate, factors,
+        parameters, moments = apply_optimizer(
+            config.optimizer, specs, state.multipliers, state.parameters, gradients, state.moments, state.step,
+            learning_rate, factors,
         )  # fmt: skip
         rows = state.rows + jnp.uint32(len(batch.row_ids))
         metrics = {
@@ -101,7 +102,8 @@ def pure_train_step(
             "target_tokens": sums.weight,
         }
         ema = update_ema(config.train, state.ema, parameters, state.step)
-        return TrainState(state.step + 1, rows, parameters, first, second, state.multipliers, ema), metrics
+        after = {"step": state.step + 1, "rows": rows, "parameters": parameters, "ema": ema, **moments._asdict()}
+        return state._replace(**after), metrics
 
     return train_step
 

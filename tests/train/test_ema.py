@@ -8,7 +8,7 @@ import pytest
 
 from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_info, load_parameters
 from t5pegasus.config import TrainConfig
-from t5pegasus.train.optimizer import update_ema
+from t5pegasus.train.ema import update_ema
 from t5pegasus.train.run import RunPaths, train_run
 
 

@@ -11,7 +11,7 @@ from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.presets import tiny
 from t5pegasus.train.groups import count_trained, frozen_parameters, learning_rate_factors, select_entries
-from t5pegasus.train.optimizer import apply_adamw, init_multipliers
+from t5pegasus.train.optimizer import Moments, apply_optimizer, init_multipliers
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,11 @@ def test_an_update_is_adamw_at_each_entrys_own_rate_and_leaves_the_frozen_alone(
         {name: random.random(spec.shape, np.float32) for name, spec in specs.items()} for _ in range(4)
     )
     gradients.pop("encoder.layers.mlp.wo")
-    new, new_m, new_v = apply_adamw(
-        config, specs, init_multipliers(specs), *({k: jnp.asarray(a) for k, a in each.items()}
-        for each in (theta, gradients, m, v)), jnp.int32(4), jnp.float32(1e-2), factors,
+    placed = ({k: jnp.asarray(a) for k, a in each.items()} for each in (theta, gradients, m, v))
+    parameters, gradient_arrays, *moments = placed
+    new, (new_m, new_v, *_) = apply_optimizer(
+        config, specs, init_multipliers(specs), parameters, gradient_arrays, Moments(*moments, {}, {}), jnp.int32(4),
+        jnp.float32(1e-2), factors,
     )  # fmt: skip
     frozen = {"encoder.layers.mlp.wo": slice(None), "decoder.layers.mlp.wo": slice(0, 1)}
     for name, entries in frozen.items():

@@ -1,0 +1,43 @@
+"""AdamW (Loshchilov & Hutter 2019): the direction m̂ / (√v̂ + ε) from the moments of gradients."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+
+from t5pegasus.axes import Multipliers, ParamSpec
+from t5pegasus.config import OptimizerConfig
+from t5pegasus.train.optimizer.multipliers import leaf_multipliers
+
+
+def adamw_direction(
+    config: OptimizerConfig,
+    spec: ParamSpec,
+    multipliers: Multipliers,
+    parameter: jax.Array,
+    gradient: jax.Array,
+    moments: Mapping[str, jax.Array],
+    count: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The direction of one parameter's update, and its new moments.
+
+    A gradient r times as large gives m and √v r times as large: with epsilon r·ε the direction is that of before
+    growth.
+
+    Args:
+        config: betas and epsilon.
+        spec: its declaration.
+        multipliers: growth's per-axis record.
+        parameter: not used; other optimizers do.
+        gradient: already clipped.
+        moments: `first_moment` (none without beta1) and `second_moment`.
+        count: of this update, from 1, for the bias correction.
+    """
+    _, r = leaf_multipliers(spec, multipliers)
+    updated = {"second_moment": config.beta2 * moments["second_moment"] + (1 - config.beta2) * jnp.square(gradient)}
+    mean = gradient
+    if config.momentum > 0:
+        m = config.momentum * moments["first_moment"] + (1 - config.momentum) * gradient
+        updated["first_moment"], mean = m, m / (1 - config.momentum**count)
+    corrected = updated["second_moment"] / (1 - config.beta2**count)
+    return mean / (jnp.sqrt(corrected) + r * config.epsilon), updated
