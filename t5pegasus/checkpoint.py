@@ -81,12 +81,12 @@ def save_checkpoint(
     if first:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-    _synchronise(f"begin {path}")
+    synchronise(f"begin {path}")
     with writing(path):
         save_arrays(unfinished, arrays)
         if first:
             commit_checkpoint(unfinished, path, info, tokenizer_path, add_files)
-    _synchronise(f"end {path}")
+    synchronise(f"end {path}")
 
 
 def commit_checkpoint(
@@ -125,7 +125,7 @@ def finish_saves(run_path: Path) -> None:
             with contextlib.suppress(ArtifactError):  # without a manifest, or damaged since: the next save removes it
                 verify_checkpoint(unfinished)
                 _put_in_place(unfinished, unfinished.with_suffix(""))
-    _synchronise(f"saves finished in {run_path}")
+    synchronise(f"saves finished in {run_path}")
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -292,6 +292,7 @@ def _superseded(path: Path) -> Path:
     return path.with_name(path.name + ".superseded")
 
 
-def _synchronise(name: str) -> None:
+def synchronise(name: str) -> None:
+    """Wait for all processes of a multi-process run to come to the point of this name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)

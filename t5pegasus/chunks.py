@@ -13,14 +13,14 @@ import math
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from t5pegasus.errors import writing
+from t5pegasus.errors import ArtifactError, writing
 
 CHUNK_BYTES = 16 << 20
 """Chunks are at most so large. A disk is as fast as with larger ones, and a reader of a slice needs little memory."""
@@ -37,25 +37,31 @@ Slices = tuple[slice, ...]
 class StoredArray:
     """An array on disk of which any block can be read; threads may share it.
 
-    A block costs memory and time of its own size, but for arrays whose chunks are compressed and larger than those
-    that are written today: such an array is decoded once and kept until `release`.
+    A block costs memory and time of its own size, where chunks lie as plain bytes. Compressed ones are decoded whole,
+    and if they are larger than those that are written today, kept until `release`.
     """
 
     def __init__(self, path: Path):
+        self._path = path
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
         self._store = ts.open(spec, read=True, open=True, context=_CONTEXT).result()
         self.shape = tuple(self._store.shape)
         self.dtype = self._store.dtype.numpy_dtype
-        codecs = json.dumps(self._store.spec().to_json()["metadata"]["codecs"])
-        chunk_shape = self._store.chunk_layout.read_chunk.shape or ()
-        chunk_bytes = math.prod(size or 1 for size in chunk_shape) * self.dtype.itemsize
-        self._decode_whole = "zstd" in codecs and chunk_bytes > _LARGEST_DECODED_BYTES
+        self._chunk_shape = _find_plain_chunks(json.loads((path / "zarr.json").read_text(encoding="utf-8")))
+        decoded_bytes = (
+            math.prod(size or 1 for size in self._store.chunk_layout.read_chunk.shape or ()) * self.dtype.itemsize
+        )
+        self._keeps_decoded = self._chunk_shape is None and decoded_bytes > 2 * CHUNK_BYTES
         self._decoded: np.ndarray | None = None
         self._lock = threading.Lock()
 
-    def read(self, part: Slices) -> np.ndarray:
-        """`array[part]` in memory of its own."""
-        if not self._decode_whole:
+    def read(self, part: Slices | None = None) -> np.ndarray:
+        """`array[part]`, with a start and a stop for every dimension, or all of it, in memory of its own."""
+        if part is None:
+            part = tuple(slice(0, size) for size in self.shape)
+        if self._chunk_shape is not None:
+            return self._read_plain(part, self._chunk_shape)
+        if not self._keeps_decoded:
             return self._store[part].read().result()
         with self._lock:
             if self._decoded is None:
@@ -65,6 +71,59 @@ class StoredArray:
     def release(self) -> None:
         """Give back what is kept in memory; it can still be read."""
         self._decoded = None
+
+    def _read_plain(self, part: Slices, chunk_shape: tuple[int, ...]) -> np.ndarray:
+        shape = tuple(each.stop - each.start for each in part)
+        places = [range(each.start // step, -(-each.stop // step)) for each, step in zip(part, chunk_shape)]
+        if math.prod(map(len, places)) == 1:
+            begin = [place[0] * step for place, step in zip(places, chunk_shape)]
+            inner = tuple(slice(each.start - first, each.stop - first) for each, first in zip(part, begin))
+            return self._read_chunk([place[0] for place in places], chunk_shape, inner)
+        block = np.empty(shape, self.dtype)
+        for index in itertools.product(*places):
+            inner, outer = [], []
+            for each, place, step in zip(part, index, chunk_shape):
+                first, last = max(each.start, place * step), min(each.stop, (place + 1) * step)
+                inner.append(slice(first - place * step, last - place * step))
+                outer.append(slice(first - each.start, last - each.start))
+            block[tuple(outer)] = self._read_chunk(index, chunk_shape, tuple(inner))
+        return block
+
+    def _read_chunk(self, index: Sequence[int], chunk_shape: tuple[int, ...], inner: Slices) -> np.ndarray:
+        """Part of one chunk, from no more of its file than lies between the part's first and last entry."""
+        steps = [math.prod(chunk_shape[dimension + 1 :]) for dimension in range(len(chunk_shape))]
+        first = sum(part.start * step for part, step in zip(inner, steps))
+        count = sum((part.stop - 1 - part.start) * step for part, step in zip(inner, steps)) + 1
+        values = np.empty(count, self.dtype)
+        path = self._path.joinpath("c", *map(str, index))
+        content = values.view(np.uint8).data
+        with path.open("rb", buffering=0) as file:
+            file.seek(first * self.dtype.itemsize)
+            done = 0
+            while done < len(content):
+                got = file.readinto(content[done:])
+                if not got:
+                    raise ArtifactError(f"{path} is cut short; copy the checkpoint anew, or use another step")
+                done += got
+        shape = tuple(part.stop - part.start for part in inner)
+        if math.prod(shape) == count:
+            return values.reshape(shape)
+        strides = tuple(step * self.dtype.itemsize for step in steps)
+        return np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
+
+
+def _find_plain_chunks(metadata: dict[str, Any]) -> tuple[int, ...] | None:
+    """The shape of chunks whose files begin with their values as little-endian bytes; None if they do not.
+
+    Orbax wraps each chunk into a shard of one, which appends an index.
+    """
+    chunk_shape = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    (outer, *others), plain = metadata["codecs"], {"name": "bytes", "configuration": {"endian": "little"}}
+    sharding = outer["configuration"] if outer["name"] == "sharding_indexed" else {}
+    if sharding.get("chunk_shape") == chunk_shape and sharding.get("index_location", "end") == "end":
+        outer, *others = [*sharding["codecs"], *others]
+    is_plain = outer == plain and not others and metadata["chunk_key_encoding"] == {"name": "default"}
+    return tuple(chunk_shape) if is_plain else None
 
 
 def choose_chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
