@@ -11,9 +11,20 @@ import numpy as np
 from t5pegasus.config import ModelConfig
 
 
-def bucket_by_cases(distance: int, *, bidirectional: bool, num_buckets: int, max_distance: int) -> int:
-    """The bucket of key position − query position; the logarithm in float32, as every implementation has it."""
+def bucket_by_cases(
+    distance: int, *, bidirectional: bool, num_buckets: int, max_distance: int, boundaries: tuple[int, ...] = ()
+) -> int:
+    """The bucket of key position − query position; the logarithm in float32, as every implementation has it.
+
+    Where a distance has reached boundaries, its bucket is that of the last one: behind the formula's, in the encoder
+    first the one that looks back, then the one that looks ahead.
+    """
     first = 0
+    reached = [boundary for boundary in boundaries if boundary <= (abs(distance) if bidirectional else -distance)]
+    if reached and bidirectional:
+        return num_buckets + 2 * (len(reached) - 1) + (1 if distance > 0 else 0)
+    if reached:
+        return num_buckets + len(reached) - 1
     if bidirectional:
         num_buckets //= 2
         first = num_buckets if distance > 0 else 0
@@ -82,7 +93,9 @@ class Forward:
         x = self.norm(x, "decoder.final_layer_norm")
         if config.scale_decoder_outputs:
             x = x / math.sqrt(config.d_model)
-        return x @ self.weights["shared.weight" if config.tie_word_embeddings else "lm_head.weight"].T
+        logits = x @ self.weights["shared.weight" if config.tie_word_embeddings else "lm_head.weight"].T
+        logits[:, len(logits[0]) - config.num_masked_tokens :] = -np.inf
+        return logits
 
     def norm(self, x, name):
         mean_square = (x**2).mean(-1, keepdims=True)
@@ -117,6 +130,7 @@ class Forward:
                     bidirectional=bidirectional,
                     num_buckets=self.config.relative_attention_num_buckets,
                     max_distance=self.config.relative_attention_max_distance,
+                    boundaries=self.config.relative_attention_boundaries,
                 )
                 for key in range(num_keys)
             ]

@@ -2,12 +2,25 @@
 
 import hashlib
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hf_models import LOSSLESS, MODEL, MODELS, copy_with, draw_inputs, import_hf, load_parameters, our_logits
+from hf_models import (
+    LOSSLESS,
+    MODEL,
+    MODELS,
+    WORDS,
+    copy_with,
+    draw_inputs,
+    draw_parameters,
+    import_hf,
+    load_parameters,
+    our_logits,
+)
 from numpy_t5 import forward
 from safetensors.numpy import load_file
 
@@ -15,7 +28,9 @@ from t5pegasus.checkpoint import has_optimizer_state, load_arrays, load_checkpoi
 from t5pegasus.config import NUMERICS
 from t5pegasus.convert.hf import export_hf, fold_scale, is_hf_folder, read_hf
 from t5pegasus.convert.hf_tensors import parameters_to_hf
+from t5pegasus.convert.imported import Imported, save_imported
 from t5pegasus.errors import ArtifactError, T5PegasusError, UsageError
+from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
 FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenization_t5_pegasus.py",
@@ -67,6 +82,21 @@ def test_folding_the_scale_into_the_head_keeps_the_logits(exported, checkpoints,
     wanted = forward(exact, type(config)(**without_bias), source, mask, decoder_input)
     np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-6)
     assert np.abs(logits - forward(exact, config, source, mask, decoder_input)).max() > 0.01
+
+
+def test_refined_buckets_and_masked_tokens_are_refused_and_a_lossy_export_does_without_them(tmp_path: Path):
+    grown = replace(MODEL, relative_attention_boundaries=(15, 20), num_masked_tokens=2)
+    parameters = draw_parameters(grown)
+    checkpoint = save_imported(Imported(grown, parameters, WordpieceTokenizer(WORDS)), tmp_path / "grown")
+    lost = r"relative_attention_boundaries=\(15, 20\) is lost, .* from 14 on .*num_masked_tokens=2 is lost.*--lossy"
+    with pytest.raises(UsageError, match=lost):
+        export_hf(checkpoint, tmp_path / "out")
+    folder = export_hf(checkpoint, tmp_path / "out", lossy=True)
+    assert re.search(lost.removesuffix(".*--lossy"), (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    foreign = read_hf(folder)
+    assert foreign.model == MODEL
+    for name, array in foreign.parameters.items():
+        np.testing.assert_array_equal(array, parameters[name][: len(array)])
 
 
 def test_a_lossy_export_is_refused_and_says_what_it_lost(checkpoints, exported, tmp_path: Path):

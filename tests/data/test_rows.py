@@ -5,6 +5,7 @@ import dataclasses
 import json
 import threading
 import time
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from t5pegasus.data.shards import (
     write_manifest,
     write_shard,
 )
-from t5pegasus.errors import ArtifactError
+from t5pegasus.errors import ArtifactError, DataError
 
 PAD, START, END = 0, 101, 102
 
@@ -282,6 +283,27 @@ def test_the_table_is_built_once_and_checked(examples, tmp_path):
 def test_other_special_ids_than_the_models_are_refused(folder):
     with pytest.raises(ArtifactError, match=r"start_id is 101, the model's is 0"):
         PackedRows(folder, DATA, PAD, 0)
+
+
+def test_a_target_beyond_the_open_tokens_is_refused_when_it_is_read(folder, examples):
+    highest = [int(example.target.max()) for example in examples]
+    with PackedRows(folder, DATA, PAD, START, num_open_tokens=max(highest) + 1) as rows:
+        every = [rows.ordered_batch([row]) for row in range(rows.num_rows)]
+    with PackedRows(folder, DATA, PAD, START, num_open_tokens=max(highest)) as rows:
+        index = highest.index(max(highest))
+        message = f"target of example {index} holds token {max(highest)}, .* first {max(highest)} tokens are open"
+        refused = 0
+        for row, batch in enumerate(every):
+            if (batch.decoder_target_tokens < max(highest)).all():
+                rows.ordered_batch([row])
+                continue
+            refused += 1
+            with pytest.raises(DataError, match=message):
+                rows.ordered_batch([row])
+        assert refused == 1
+        batches = load_batches(rows, 50, 0)
+        with contextlib.closing(batches), pytest.raises(DataError, match=message):
+            list(islice(batches, rows.num_rows // 50 + 1))
 
 
 def test_another_schema_or_kind_is_refused(examples, tmp_path):

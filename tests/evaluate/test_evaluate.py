@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 import shutil
@@ -12,6 +13,7 @@ from launch.cli import main
 from t5pegasus.checkpoint import CheckpointInfo, load_checkpoint_info, save_checkpoint
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.data.shards import Example
+from t5pegasus.errors import DataError
 from t5pegasus.evaluate import DEFINITIONS, score_pairs
 from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.model.t5 import bind, init_parameters
@@ -83,6 +85,11 @@ def test_heldout_loss_is_the_mean_over_all_target_tokens(run_path):
     for batch_size in (1, 4):
         measured = measure_heldout_loss(config, parameters, examples, batch_size)
         assert measured["loss"] == pytest.approx(losses.mean(), rel=1e-5)
+    highest = max(int(example.target.max()) for example in examples)
+    num_masked = config.model.vocab_size - highest
+    masked = dataclasses.replace(config, model=dataclasses.replace(config.model, num_masked_tokens=num_masked))
+    with pytest.raises(DataError, match=f"held-out examples: the target of example . holds token {highest}"):
+        measure_heldout_loss(masked, parameters, examples, 1)
 
 
 def test_evaluate_writes_scores_and_summaries_into_the_run(run_path, pairs_path, capsys):

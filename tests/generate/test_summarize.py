@@ -99,6 +99,10 @@ def test_a_prefix_begins_every_summary(parameters):
     assert summaries[1] == Summary("", 0.0, 0)
     with pytest.raises(UsageError, match="prefix='龘'"):
         dataclasses.replace(summarizer, prefix="龘")
+    last = summarizer.tokenizer.token(summarizer.model.vocab_size - 1)
+    masked = dataclasses.replace(summarizer.model, num_masked_tokens=1)
+    with pytest.raises(UsageError, match=f"prefix='{last}' holds '{last}', one of the last num_masked_tokens=1 of"):
+        dataclasses.replace(summarizer, prefix=last, model=masked)
 
 
 def test_longer_texts_than_the_model_was_trained_on_are_read_whole_if_asked(parameters):

@@ -1,6 +1,7 @@
 """Sentencepiece models as mT5 uses them: pad 0, end 1, unknown 2, decoding starts with pad."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from t5pegasus.text.tokenizer.folder import write_tokenizer
 
 SPACE = "▁"
 """U+2581, which stands for a space in pieces."""
+_USER_DEFINED = 4
+"""Kind of a piece in sentencepiece_model.proto."""
 
 
 class SentencepieceTokenizer:
@@ -20,7 +23,7 @@ class SentencepieceTokenizer:
     kind = "sentencepiece"
 
     def __init__(self, model: bytes, name: str = "the sentencepiece model") -> None:
-        self._model = model
+        self._model, self._name = model, name
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except (RuntimeError, UnicodeDecodeError) as error:  # the library's message may hold bytes of the model
@@ -76,6 +79,18 @@ class SentencepieceTokenizer:
         if max_tokens < 1:
             raise UsageError(f"max_target_tokens={max_tokens} must be at least 1, for </s>")
         return [*self.encode(text)[: max_tokens - 1], self.end_id]
+
+    def extend(self, tokens: Sequence[str]) -> "SentencepieceTokenizer":
+        """The tokenizer with further pieces behind its own, whose ids stay: pieces that the user defined.
+
+        They are cut out of texts first, and the scores of all others are among themselves as before.
+        """
+        from sentencepiece import sentencepiece_model_pb2 as schema
+
+        proto = schema.ModelProto.FromString(self._model)  # pyright: ignore[reportAttributeAccessIssue] - made at import
+        for token in tokens:
+            proto.pieces.add(piece=token, score=0.0, type=_USER_DEFINED)
+        return SentencepieceTokenizer(proto.SerializeToString(deterministic=True), name=self._name)
 
     def save(self, path: Path, made_by: dict[str, Any] | None = None) -> None:
         """Write `spiece.model` and `tokenizer.json` into a new folder, whole or not at all."""

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import re
 import unicodedata
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,15 @@ class WordpieceTokenizer:
         content = "".join(token + "\n" for token in self._tokens).encode("utf-8")
         write_tokenizer(self, path, "vocab.txt", content, made_by)
 
+    def extend(self, tokens: Sequence[str]) -> "WordpieceTokenizer":
+        """The tokenizer with further entries behind its own, whose ids stay (`added_tokens` says which are of use)."""
+        return WordpieceTokenizer([*self._tokens, *tokens], dictionary=self.kind == "wordpiece")
+
+    def encode_continuation(self, text: str) -> list[int]:
+        """Ids of letters or digits that continue a word, by `##` entries alone; `unk_id` if there are none for it."""
+        pieces = split_wordpieces(text, self._ids, continues=True)
+        return [self.unk_id] if pieces == [text] else [self._ids[piece] for piece in pieces]
+
     def _tokens_of(self, ids: list[int]) -> list[str]:
         for index in ids:
             if not 0 <= index < self.vocab_size:
@@ -223,14 +233,17 @@ def split_basic(word: str) -> list[str]:
     return "".join(spaced).split()
 
 
-def split_wordpieces(word: str, vocabulary: dict[str, int]) -> list[str]:
-    """Greedy longest match from the left, `##` before a continuation; the whole word if it gets stuck."""
+def split_wordpieces(word: str, vocabulary: dict[str, int], *, continues: bool = False) -> list[str]:
+    """Greedy longest match from the left, `##` before a continuation; the whole word if it gets stuck.
+
+    With `continues` the word itself is the end of a longer one, so that its first piece has a `##`, too.
+    """
     if len(word) > MAX_WORD_CHARACTERS:
         return [word]
     pieces: list[str] = []
     start = 0
     while start < len(word):
-        prefix = "##" if start else ""
+        prefix = "##" if start or continues else ""
         end = next((end for end in range(len(word), start, -1) if prefix + word[start:end] in vocabulary), None)
         if end is None:
             return [word]
