@@ -77,7 +77,8 @@ def main(argv: list[str]) -> None:
     init_distributed()
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
     from t5pegasus.data.loader import PackedRows
-    from t5pegasus.train.run import RunPaths, check_run_path, train_run
+    from t5pegasus.train.run import RunPaths, train_run
+    from t5pegasus.train.run_folder import check_run_path
 
     check_run_path(args.run_path)
     source = find_checkpoint(args.checkpoint)

@@ -11,7 +11,8 @@ from typing import Any
 from t5pegasus.config import TrainConfig
 
 History = tuple[dict[str, Any], ...]
-"""Evaluations so far: {step, loss}, with the score that decides and `best` where a run keeps its best checkpoint."""
+"""Evaluations so far: {step, loss}, with the score that decides and `best` where a run keeps its best checkpoint, and
+`begins_phase` where patience and plateaus begin to count."""
 
 LOWER_IS_BETTER = frozenset({"loss"})
 
@@ -28,18 +29,32 @@ def judge(config: TrainConfig, step: int, scores: Mapping[str, float], history: 
     return entry | {"best": is_best}
 
 
-def plain_entry(config: TrainConfig, step: int, scores: Mapping[str, float]) -> dict[str, Any]:
-    """The entry of an evaluation that cannot be the best, as that of the weights which a run begins from."""
+def plain_entry(
+    config: TrainConfig, step: int, scores: Mapping[str, float], *, begins_phase: bool = False
+) -> dict[str, Any]:
+    """The entry of an evaluation that cannot be the best, as that of the weights which a run begins from.
+
+    `begins_phase` marks weights that have another past than this run, or had another size: patience and plateaus are
+    counted from there.
+    """
     entry = {"step": step, "loss": scores["loss"]}
-    return entry if config.keep_best is None else entry | {config.keep_best: scores[config.keep_best]}
+    if config.keep_best is not None:
+        entry |= {config.keep_best: scores[config.keep_best]}
+    return entry | {"begins_phase": True} if begins_phase else entry
 
 
 def has_stopped(config: TrainConfig, history: History) -> bool:
-    """Whether `patience` evaluations have passed since the best one."""
+    """Whether `patience` evaluations have passed since the best one, or since the phase began."""
     since = 0
     for entry in history:
-        since = 0 if entry.get("best") else since + ("best" in entry)
+        since = 0 if entry.get("best") or entry.get("begins_phase") else since + ("best" in entry)
     return 0 < config.patience <= since
+
+
+def this_phase(history: History) -> History:
+    """The evaluations since the phase began: the last growth in the run, or the start from another run's weights."""
+    begins = [index for index, entry in enumerate(history) if entry.get("begins_phase")]
+    return history[begins[-1] :] if begins else history
 
 
 def forget_best(history: History) -> History:

@@ -27,6 +27,9 @@ GUESSED_UTILISATION = 0.3
 """Share of the peak that training is guessed to reach, before there is anything to measure."""
 
 
+_STATE_WAY_OUT = "split it: --mesh.fsdp, or a smaller model"
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on the device that holds most."""
@@ -63,7 +66,7 @@ def prepare_step(
         f"{total:,}", "" if trained == total else f", {trained:,} of them trained", f"{num_updates:,}",
         train.batch_size, data.max_source_tokens, data.max_target_tokens, format_count(positions),
     )  # fmt: skip
-    _warn_if_over(device_bytes, state_bytes, "the training state takes", "split it: --mesh.fsdp, or a smaller model")
+    _warn_if_over(device_bytes, state_bytes, "the training state takes", _STATE_WAY_OUT)
     compiled = train_step.compile(state, batch)
     memory = MemoryEstimate(state_bytes, _planned_bytes(compiled), device_bytes)
     logger.log(
@@ -93,6 +96,12 @@ def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     parameters = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
     shapes = jax.eval_shape(lambda values: start_state(values, specs, config.optimizer, with_ema=with_ema), parameters)
     return jax.tree.map(_placed, shapes, state_shardings(specs, mesh, config.optimizer, with_ema=with_ema))
+
+
+def check_state_fits(state: TrainState, subject: str) -> None:
+    """Warn if an abstract state needs more memory than a device has; `subject` begins the sentence."""
+    state_bytes = sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
+    _warn_if_over(_read_device_bytes(jax.local_devices()[0]), state_bytes, subject, _STATE_WAY_OUT)
 
 
 def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:

@@ -1,5 +1,6 @@
 """What a run evaluates while it trains: held-out loss by teacher forcing, and scores it is given a function for."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from t5pegasus.errors import UsageError
 from t5pegasus.train.state import TrainState, evaluated_parameters
 from t5pegasus.train.step import make_heldout_loss
 
+Evaluate = Callable[[TrainState], dict[str, float]]
+"""State → scores of the weights that users will take."""
+
 LOSSES = ("loss", "accuracy")
 """What is known without writing summaries."""
 
@@ -27,15 +31,19 @@ class Scorer(NamedTuple):
 
 
 def make_evaluate(
-    rows: PackedRows, config: RunConfig, mesh: Mesh, scorer: Scorer | None
-) -> Callable[[TrainState], dict[str, float]]:
-    """A function state → held-out loss and accuracy, and the scores, of the weights that users will take."""
+    rows: PackedRows, config: RunConfig, mesh: Mesh, scorer: Scorer | None, max_rows: int | None = None
+) -> Evaluate:
+    """A function state → held-out loss and accuracy, and the scores, of the weights that users will take.
+
+    With `max_rows` the losses are those of about as many rows, the first ones, in whole batches.
+    """
     heldout_loss = make_heldout_loss(config, mesh)
     batch_size = config.train.batch_size // config.train.accumulation_steps
 
     def evaluate(state: TrainState) -> dict[str, float]:
         parameters = evaluated_parameters(state)
-        losses = heldout_loss(parameters, load_epoch(rows, batch_size))
+        max_batches = None if max_rows is None else -(-max_rows // batch_size)
+        losses = heldout_loss(parameters, itertools.islice(load_epoch(rows, batch_size), max_batches))
         if scorer is None:
             return losses
         scores = scorer.score(_on_one_device(parameters, mesh))

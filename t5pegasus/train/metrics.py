@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +55,20 @@ def peak_flops(device: Any) -> tuple[float, str]:
     return peak, f"measured: float32 product of {size}×{size} matrices"
 
 
+def count_flops(config: RunConfig, num_rows: int) -> int:
+    """FLOPs of training on so many rows of this config; a whole number, so that sums do not depend on their order."""
+    data = config.data
+    return int(training_flops_per_row(config.model, data.max_source_tokens, data.max_target_tokens)) * num_rows
+
+
 class Meter:
     """Sums over one logging interval: losses as the mean of its updates, speeds over its wall time."""
 
-    def __init__(self, config: RunConfig):
-        data = config.data
-        per_row = training_flops_per_row(config.model, data.max_source_tokens, data.max_target_tokens)
+    def __init__(self, config: RunConfig, flops: int = 0):
         self.batch_size = config.train.batch_size
-        self.flops_per_step = per_row * self.batch_size
+        self.flops_per_step = count_flops(config, self.batch_size)
+        self.flops = flops
+        """Spent on training this model and those it came from, up to the last update added."""
         self.peak = peak_flops(jax.local_devices()[0])[0] * jax.device_count()
         self._reset()
 
@@ -103,6 +109,7 @@ class Meter:
         for name, number in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + number
         self.steps += 1
+        self.flops += self.flops_per_step
 
     def report(self) -> dict[str, Any]:
         """The record of the interval; the next one begins."""
@@ -116,6 +123,7 @@ class Meter:
             "rows_per_second": self.steps * self.batch_size / seconds,
             "mfu": self.flops_per_step * self.steps / seconds / self.peak,
             "data_wait_fraction": self.waiting_seconds / seconds,
+            "flops": self.flops,
         }
         self._reset()
         return record
@@ -125,15 +133,18 @@ class MetricsWriter:
     """Appends records to `metrics.jsonl` and their numbers to `tensorboard/` of a run folder.
 
     Only the first process writes. Records later than `from_step` are dropped on opening: a resumed run makes
-    them again, and each step stands in the file once. A run that begins anew passes -1.
+    them again, and each step stands in the file once. A run that begins anew passes -1. So is what was recorded of an
+    event, and behind it, that the checkpoint's lineage, `plan_hashes`, does not know: it will be made again, too.
     """
 
-    def __init__(self, run_path: Path, from_step: int):
+    def __init__(self, run_path: Path, from_step: int, plan_hashes: Collection[str] = ()):
         self.path = run_path / "metrics.jsonl"
         self.writes = jax.process_index() == 0
         if not self.writes:
             return
         kept = [line for line in read_metrics(self.path) if line["step"] <= from_step] if self.path.exists() else []
+        made_again = (line.get("plan_hash") not in (None, *plan_hashes) for line in kept)
+        kept = kept[: next((index for index, again in enumerate(made_again) if again), None)]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         temporary.replace(self.path)

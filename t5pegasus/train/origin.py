@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +24,9 @@ from t5pegasus.checkpoint import (
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.optimizer import Moments, declare_moments
+from t5pegasus.train.phases import Event, check_events_kept, config_after
 from t5pegasus.train.state import (
     TrainState,
     arrays_to_state,
@@ -52,6 +54,12 @@ class Origin(NamedTuple):
     """From a checkpoint of this very run."""
     history: tuple[dict[str, Any], ...]
     lineage: tuple[dict[str, Any], ...]
+    flops: int
+    """Spent on training it so far."""
+    config: RunConfig
+    """To train on with: the run's, after the events that this state has behind it."""
+    path: Path | None
+    """The checkpoint; None for fresh parameters."""
 
 
 def find_origin(
@@ -63,6 +71,8 @@ def find_origin(
     *,
     keep_state: bool,
     reset_rows: bool,
+    events: Sequence[Event] = (),
+    recorded_events: Sequence[Mapping[str, Any]] = (),
 ) -> Origin:
     """The one place that decides where weights come from.
 
@@ -70,7 +80,8 @@ def find_origin(
     2. the `start_from` checkpoint: a trained, grown or converted one;
     3. fresh ones.
 
-    `manifest` is that of the examples; for the rest see `train_run`.
+    `manifest` is that of the examples, `recorded_events` are those in the run's config.json; for the rest see
+    `train_run`.
 
     Raises:
         UsageError: if the checkpoint and the config or the examples do not belong together.
@@ -78,19 +89,29 @@ def find_origin(
     """
     own = find_last_good(run_path)
     if own is not None:
+        lineage = load_checkpoint_info(own).lineage
+        check_events_kept(run_path, recorded_events, events, lineage)
+        config = config_after(config, events, lineage)
         return _restore(own, config, mesh, manifest, reset_rows=False)._replace(resumed=True)
     if start_from is not None:
         path = find_checkpoint(start_from)
         if keep_state and has_optimizer_state(path):
             return _restore(path, config, mesh, manifest, reset_rows=reset_rows)
         return _restore_parameters(path, config, mesh, manifest)
+
+    def init() -> TrainState:
+        return init_state(config.model, config.train.seed, mesh, config.optimizer, with_ema=_keeps_ema(config))
+
     return Origin(
-        0,
-        0,
-        lambda: init_state(config.model, config.train.seed, mesh, config.optimizer, with_ema=_keeps_ema(config)),
-        False,
-        (),
-        (),
+        step=0,
+        rows=0,
+        load=init,
+        resumed=False,
+        history=(),
+        lineage=(),
+        flops=0,
+        config=config,
+        path=None,
     )
 
 
@@ -122,7 +143,8 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
             state = state._replace(rows=jax.device_put(jnp.zeros((), jnp.uint32), shardings.rows))
         return state
 
-    return Origin(info.step, 0 if reset_rows else info.rows, load, False, info.history, info.lineage)
+    rows = 0 if reset_rows else info.rows
+    return Origin(info.step, rows, load, False, info.history, info.lineage, _flops_spent(path, info), config, path)
 
 
 def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]) -> Origin:
@@ -140,7 +162,18 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
 
         return jax.jit(start, out_shardings=shardings)(parameters)
 
-    return Origin(0, 0, load, False, (), info.lineage)
+    return Origin(0, 0, load, False, (), info.lineage, _flops_spent(path, info), config, path)
+
+
+def _flops_spent(path: Path, info: CheckpointInfo) -> int:
+    """FLOPs of the training behind a checkpoint; where it does not say, as if its model had read all of its rows."""
+    if info.flops is not None:
+        return info.flops
+    if info.lineage:
+        logger.warning(
+            "%s does not say what its training took; FLOPs are counted as if it had always been this large", path
+        )
+    return count_flops(info.config, info.rows)
 
 
 def _keeps_ema(config: RunConfig) -> bool:

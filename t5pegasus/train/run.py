@@ -2,9 +2,9 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
-import shutil
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,47 +20,34 @@ from t5pegasus.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
+from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import PackedRows, load_batches
-from t5pegasus.errors import UsageError, reading
+from t5pegasus.data.shards import ExampleShards
+from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
-from t5pegasus.train.early_stopping import History, forget_best, has_stopped, plain_entry
-from t5pegasus.train.estimate import prepare_step
+from t5pegasus.train.early_stopping import History, forget_best, has_stopped
+from t5pegasus.train.estimate import MemoryEstimate, prepare_step
 from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
-from t5pegasus.train.loop import Hooks, run
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import find_origin
+from t5pegasus.train.phases import Event, next_event, plan_hashes
+from t5pegasus.train.run_folder import (
+    RunPaths,
+    check_resumable,
+    keep_start,
+    load_recorded_events,
+    load_run_record,
+    settle_run_folder,
+)
+from t5pegasus.train.seam import Measurement, Phase, Run, check_events, train_phases
 from t5pegasus.train.state import TrainState, state_to_arrays
 from t5pegasus.train.step import make_train_step, resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
 
-FREE_ON_RESUME = {
-    "mesh": ("data", "fsdp", "tensor"),
-    "train": (
-        "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
-        "keep_checkpoints", "patience", "compute_dtype",
-    ),
-}  # fmt: skip
-"""What may change when a run continues: the data position counts rows, so batch size is among them; a compute
-dtype only if it is named (`find_origin`), and a run that stopped early may be given more patience."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunPaths:
-    """The artifacts a run reads and the folder it writes."""
-
-    run_path: Path
-    examples_path: Path
-    heldout_path: Path | None = None
-    """Examples for the held-out loss; None looks for `examples_path/heldout`."""
-    start_from: Path | None = None
-    """A checkpoint (trained, grown or converted), or a run folder whose last good one is meant."""
-
-    def to_json(self) -> dict[str, str | None]:
-        """Paths as text, for config.json and the metrics."""
-        return {field: None if value is None else str(value) for field, value in dataclasses.asdict(self).items()}
+_SEAM_ROWS = 64
+"""On which to compare the models around an event, where nothing is held out."""
 
 
 def train_run(
@@ -70,6 +57,7 @@ def train_run(
     keep_state: bool = True,
     reset_rows: bool = False,
     scorer: Scorer | None = None,
+    events: Sequence[Event] = (),
 ) -> Path:
     """Train in a run folder to the end; called again, it continues, or finds it finished.
 
@@ -80,21 +68,21 @@ def train_run(
             False takes its parameters only (fine-tuning).
         reset_rows: with `start_from` and other examples than it was trained on, begin at their first row.
         scorer: gives further scores at each evaluation, for `config.train.keep_best` to choose by.
+        events: what changes the model on the way, in order; `config` is that of the run before all of them.
 
     Returns:
         The folder of the best checkpoint where `config.train.keep_best` says what that is, else of the last one.
 
     Raises:
-        UsageError: if the config contradicts the run folder, the checkpoint, the examples or the devices.
-        ArtifactError: if one of the artifacts is missing or damaged.
+        UsageError: if the config, or that of a later phase, contradicts the run folder, the checkpoint, the examples
+            or the devices.
+        ArtifactError: if one of the artifacts is missing or damaged, or an event does not keep its promise.
         DivergedError: if the loss stops being finite.
     """
     mesh = make_mesh(config.mesh)
-    train_step = make_train_step(config, mesh)
-    compute_dtype = str(resolve_compute_dtype(config))
     record = load_run_record(paths.run_path)
     if record is not None:
-        _check_resumable(record[0], config, paths.run_path)
+        check_resumable(record[0], config, paths.run_path)
     finish_saves(paths.run_path)
     with contextlib.ExitStack() as stack:
         rows = stack.enter_context(_open_rows(paths.examples_path, config))
@@ -110,56 +98,46 @@ def train_run(
             shards.manifest,
             keep_state=keep_state,
             reset_rows=reset_rows,
+            events=events,
+            recorded_events=load_recorded_events(paths.run_path),
         )
-        step = origin.step
-        if step >= config.train.steps and not origin.resumed:
+        train, step = config.train, origin.step
+        train_step = make_train_step(origin.config, mesh)
+        if step >= train.steps and not origin.resumed:
             raise UsageError(
-                f"checkpoint {paths.start_from} is at step {step}, train.steps={config.train.steps} leaves nothing to "
+                f"checkpoint {paths.start_from} is at step {step}, train.steps={train.steps} leaves nothing to "
                 "do; steps are counted from the beginning of training: give --train.steps a larger number"
             )
-        stopped = origin.resumed and has_stopped(config.train, origin.history)
-        if step >= config.train.steps or stopped:
-            why = f", stopped early by train.patience={config.train.patience}" if stopped else ""
-            logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, config.train.steps, why)
+        stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, origin.history)
+        if step >= train.steps or stopped:
+            why = f", stopped early by train.patience={train.patience}" if stopped else ""
+            logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, train.steps, why)
             return find_checkpoint(paths.run_path)
+        check_events(origin.config, events, origin.lineage, mesh, has_heldout=heldout_rows is not None)
         if origin.resumed:
             logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
         if origin.resumed and record is not None:
-            paths = _keep_start(paths, record[1]["start_from"])
-        update, memory = prepare_step(config, mesh, train_step, step)
-        _settle_run_folder(config, paths, resumed=origin.resumed)
-
-        def save(state: TrainState, history: History) -> None:
-            path = paths.run_path / "checkpoints" / str(int(state.step))
-            info = CheckpointInfo(
-                config=config,
-                step=int(state.step),
-                rows=int(state.rows),
-                compute_dtype=compute_dtype,
-                tokenizer_fingerprint=shards.manifest["tokenizer_fingerprint"],
-                examples_fingerprint=shards.fingerprint,
-                lineage=origin.lineage,
-                history=history,
-            )
-            save_checkpoint(path, state_to_arrays(state), info, paths.run_path / "tokenizer")
-            remove_old_checkpoints(paths.run_path, path, config.train.keep_checkpoints, best_steps(history)[-1:])
-
+            paths = keep_start(paths, record[1]["start_from"])
+        update, memory = prepare_step(origin.config, mesh, train_step, step)
+        settle_run_folder(config, paths, events, resumed=origin.resumed)
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, origin.rows)))
-        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step=step if origin.resumed else -1))
-        peak, peak_source = peak_flops(jax.local_devices()[0])
-        metrics.write(
-            "start", step, config=config.to_json(), num_parameters=count_parameters(config.model),
-            mesh=dict(mesh.shape), num_devices=jax.device_count(), device=jax.devices()[0].device_kind,
-            peak_flops_per_device=peak, peak_source=peak_source, compute_dtype=compute_dtype,
-            **dataclasses.asdict(memory), **paths.to_json(),
-        )  # fmt: skip
-        evaluate = None if heldout_rows is None else make_evaluate(heldout_rows, config, mesh, scorer)
-        state, history = origin.load(), origin.history if origin.resumed else forget_best(origin.history)
-        if evaluate is not None and not origin.resumed:  # after growth too: the loss right behind the seam
-            first = evaluate(state)
-            metrics.write("heldout", step, **first)
-            history = (*history, plain_entry(config.train, step, first))
-        run(state, update, batches, config, Hooks(evaluate, save), metrics, history)
+        from_step = step if origin.resumed else -1
+        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step, plan_hashes(origin.lineage)))
+        _write_start(metrics, paths, origin.config, step, mesh, memory)
+        run = Run(
+            events=events,
+            mesh=mesh,
+            batches=batches,
+            metrics=metrics,
+            measurement=_measure_seams(rows, heldout_rows, mesh),
+            make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
+            save=functools.partial(_save, paths.run_path, shards),
+            checkpoints_path=paths.run_path / "checkpoints",
+        )
+        phase = Phase(origin.config, origin.lineage, origin.history, origin.flops)
+        if not origin.resumed:
+            phase = phase._replace(history=forget_best(origin.history))
+        train_phases(run, origin.load(), phase, update, origin.path, begins=not origin.resumed)
     return find_checkpoint(paths.run_path)
 
 
@@ -175,73 +153,53 @@ def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def check_run_path(run_path: Path) -> None:
-    """Refuse a folder that is another artifact: a run would be written into it.
-
-    Raises:
-        UsageError: naming the file that says so.
-    """
-    for mark in ("manifest.json", "tokenizer.json"):
-        if (run_path / mark).is_file():
-            raise UsageError(
-                f"run path {run_path} is in use: {mark} says that it holds examples, a checkpoint or a tokenizer; "
-                "choose another --run-path"
-            )
-
-
-def load_run_record(run_path: Path) -> tuple[RunConfig, dict[str, str | None]] | None:
-    """Config and paths of an existing run folder, None if there is none.
-
-    Raises:
-        UsageError: if the folder is another artifact, or the record is of another schema.
-        ArtifactError: if the record was changed.
-    """
-    check_run_path(run_path)
-    record_path = run_path / "config.json"
-    if not record_path.exists():
-        return None
-    record = read_json(record_path)
-    check_schema(record, record_path)
-    with reading(record_path):
-        paths = {name: record[name] for name in ("examples_path", "heldout_path", "start_from")}
-        return RunConfig.from_json(record["config"]), paths
+def _save(run_path: Path, shards: ExampleShards, phase: Phase, state: TrainState, history: History, flops: int) -> None:
+    """Write a checkpoint; beside the last ones stay the best one, and those that an event changed the model behind."""
+    path = run_path / "checkpoints" / str(int(state.step))
+    info = CheckpointInfo(
+        config=phase.config,
+        step=int(state.step),
+        rows=int(state.rows),
+        compute_dtype=str(resolve_compute_dtype(phase.config)),
+        tokenizer_fingerprint=shards.manifest["tokenizer_fingerprint"],
+        examples_fingerprint=shards.fingerprint,
+        lineage=phase.lineage,
+        history=history,
+        flops=flops,
+    )
+    save_checkpoint(path, state_to_arrays(state), info, run_path / "tokenizer")
+    kept_steps = {*best_steps(history)[-1:], *(entry["step"] for entry in phase.lineage)}
+    remove_old_checkpoints(run_path, path, phase.config.train.keep_checkpoints, kept_steps)
 
 
-def _settle_run_folder(config: RunConfig, paths: RunPaths, *, resumed: bool) -> None:
-    """Write what the run is made of; what an earlier try left that never saved a checkpoint is replaced."""
-    if jax.process_index() != 0:
-        return
-    tokenizer, unfinished = paths.run_path / "tokenizer", paths.run_path / "tokenizer.unfinished"
-    paths.run_path.mkdir(parents=True, exist_ok=True)
-    if not (resumed and tokenizer.exists()):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(paths.examples_path / "tokenizer", unfinished)
-        shutil.rmtree(tokenizer, ignore_errors=True)
-        unfinished.rename(tokenizer)
-    write_json(paths.run_path / "config.json", {"schema": SCHEMA, "config": config.to_json(), **paths.to_json()})
+def _write_start(
+    metrics: MetricsWriter, paths: RunPaths, config: RunConfig, step: int, mesh: Mesh, memory: MemoryEstimate
+) -> None:
+    peak, peak_source = peak_flops(jax.local_devices()[0])
+    metrics.write(
+        "start", step, config=config.to_json(), num_parameters=count_parameters(config.model), mesh=dict(mesh.shape),
+        num_devices=jax.device_count(), device=jax.devices()[0].device_kind, peak_flops_per_device=peak,
+        peak_source=peak_source, compute_dtype=str(resolve_compute_dtype(config)), **dataclasses.asdict(memory),
+        **paths.to_json(),
+    )  # fmt: skip
 
 
-def _keep_start(paths: RunPaths, begun_from: str | None) -> RunPaths:
-    """The paths with the checkpoint the run really began from, whichever is given now."""
-    begun = None if begun_from is None else Path(begun_from)
-    if paths.start_from is not None and (begun is None or begun.resolve() != paths.start_from.resolve()):
-        logger.warning(
-            "%s continues from its own checkpoint; it was begun from %s, so %s is not used: "
-            "choose another --run-path to start from it",
-            paths.run_path, begun or "fresh parameters", paths.start_from,
-        )  # fmt: skip
-    return dataclasses.replace(paths, start_from=begun)
-
-
-def _check_resumable(before: RunConfig, now: RunConfig, run_path: Path) -> None:
-    old, new = before.to_json(), now.to_json()
-    for group, fields in new.items():
-        for field, value in fields.items():
-            if field not in FREE_ON_RESUME.get(group, ()) and old[group][field] != value:
-                raise UsageError(
-                    f"{run_path} was begun with {group}.{field}={old[group][field]!r}, got {value!r}; "
-                    "to continue it give the same preset and flags as before; or choose another --run-path"
-                )
+def _measure_seams(rows: PackedRows, heldout_rows: PackedRows | None, mesh: Mesh) -> Measurement:
+    """By all of the held-out rows, or, where there are none, by some of those trained on."""
+    if heldout_rows is not None:
+        return Measurement(
+            lambda config: make_evaluate(heldout_rows, config, mesh, None),
+            str(heldout_rows.shards.path),
+            heldout_rows.num_rows,
+            is_heldout=True,
+        )
+    num_rows = min(rows.num_rows, _SEAM_ROWS)
+    return Measurement(
+        lambda config: make_evaluate(rows, config, mesh, None, num_rows),
+        f"the first {num_rows} rows of {rows.shards.path}",
+        num_rows,
+        is_heldout=False,
+    )
 
 
 def _check_tokenizer(config: RunConfig, manifest: dict[str, Any], examples_path: Path) -> None:
