@@ -34,7 +34,7 @@ def scale(array: Array, vectors: Sequence[Array | None]) -> Array:
     return array
 
 
-def draw(key: tuple[int, int], positions: Sequence[Array]) -> Array:
+def draw(key: Sequence[Any], positions: Sequence[Array]) -> Array:
     """Random numbers of mean 0 and variance 1, each decided by the key and its own indices alone.
 
     So any part of an array can be drawn by itself, on the host or on any device of any mesh, without the rest.
@@ -49,7 +49,7 @@ def draw(key: tuple[int, int], positions: Sequence[Array]) -> Array:
         float32 of the shape of the vectors' lengths.
     """
     np_or_jnp = positions[0].__array_namespace__()
-    first, second = (np_or_jnp.full((), word, np_or_jnp.uint32) for word in key)
+    first, second = (np_or_jnp.asarray(word, np_or_jnp.uint32) for word in key)
     for position in positions[:-1]:
         step = position.astype(np_or_jnp.uint32)
         first, second = _mix(first[..., None] + step), _mix(second[..., None] ^ step)

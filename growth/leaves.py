@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from growth.operators import KINDS, LeafGrowth, grow_moment, grow_parameter, needs_statistics, whole
+from growth.blocks import LeafGrowth, whole
+from growth.operators import KINDS, grow_moment, grow_parameter, needs_statistics
 from growth.plan import GrowthPlan
 from growth.statistics import Gathering, LeafStatistics
 from t5pegasus.axes import ParamSpec, logical_axis

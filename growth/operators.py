@@ -1,4 +1,4 @@
-"""What growth does to one array, decided by its declaration alone, and computed for any block of it.
+"""What growth does to one array, decided by its declaration alone.
 
 Everything of the source is scaled by the product of its axes' multipliers. A created entry of a parameter is either 0,
 where it would otherwise change what the model computes, or random, so that its partner has a gradient from the first
@@ -17,12 +17,12 @@ with `IndexMap.contrast` in place of the multipliers of the axis.
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from growth.expand import Array, along, draw, gather, scale
+from growth.blocks import Constants, LeafGrowth, View
 from growth.index_map import IndexMap
 from growth.statistics import LeafStatistics
 from t5pegasus.axes import ParamSpec, dual_multipliers, logical_axis
@@ -40,154 +40,6 @@ KINDS: Mapping[str, str] = {
 """Logical axis → what kind of axis it is to growth. A model with further axes gives a table of its own."""
 
 Maps = Mapping[str, IndexMap]
-
-
-class View(NamedTuple):
-    """One dimension of a grown array, or the part of it that a block has; vectors of the grown size, or None."""
-
-    sources: Array | None
-    """Index into the block of the source that is given; None: as it lies there."""
-    source_positions: Array
-    """Index into the whole source."""
-    positions: Array
-    """Index into the whole grown array."""
-    scale: Array | None
-    contrast: Array | None
-    zero: Array | None
-    """bool: entries that are 0, whatever else is said of them."""
-    drawn: Array | None
-    """bool: entries that are random."""
-    seeded: Array | None
-    """bool: entries that begin as a mean of others."""
-    seeds: Array | None
-    """[grown size] or [grown layers, grown size]: factors whose product over the dimensions is that mean."""
-    rows: Array | None
-    """Which row of `LeafGrowth.rows` an entry begins as, -1 for none."""
-    drawn_spread: Array | None
-    """Along the layers' dimension, or else the first one: standard deviation of what is drawn."""
-    source_spread: Array | None
-    """The same of the source's own entries."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class LeafGrowth:
-    """One array of the grown model, as a function of the source's array of the same name.
-
-    `compute` gives any block of it, the same bits for every division into blocks, on the host or under `jax.jit`.
-    """
-
-    source_shape: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    views: tuple[View, ...]
-    key: tuple[int, int]
-    factor: float = 1.0
-    """What all entries of the source are multiplied by, beside the views' scales."""
-    rows: np.ndarray | None = None
-    """What created rows begin as: [number of rows, source sizes of the other dimensions…], the row dimension first."""
-    layers: int | None = None
-    """The dimension that counts layers."""
-    reads_source: bool = True
-
-    def source_slices(self, target: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The part of the source that a block of the grown array is made of."""
-        return tuple(
-            slice(int(view.source_positions[part].min()), int(view.source_positions[part].max()) + 1)
-            for view, part in zip(self.views, target)
-        )
-
-    def compute(self, block: Array, target: tuple[slice, ...]) -> Array:
-        """A block of the grown array.
-
-        Args:
-            block: `source[self.source_slices(target)]`, NumPy or JAX.
-            target: which block, slices without steps.
-        """
-        return self.compute_views(block, self.cut_views(target))
-
-    def cut_views(self, target: tuple[slice, ...]) -> tuple[View, ...]:
-        """The views of one block."""
-        cut = []
-        for dimension, (view, part) in enumerate(zip(self.views, target)):
-            fields = {}
-            for field, vector in view._asdict().items():
-                if field == "seeds" and vector is not None and vector.ndim == 2 and dimension != self.layers:
-                    rows = slice(None) if self.layers is None else target[self.layers]
-                    fields[field] = vector[rows, part]
-                else:
-                    fields[field] = None if vector is None else vector[part]
-            first = fields["source_positions"].min()
-            sources = fields["source_positions"] - first
-            identity = len(sources) == sources[-1] + 1 and np.array_equal(sources, np.arange(len(sources)))
-            cut.append(View(**fields | {"sources": None if identity else sources}))
-        return tuple(cut)
-
-    def compute_views(self, block: Array, views: tuple[View, ...]) -> Array:
-        """`compute` with views that hold what a block needs, also tracers."""
-        grown = gather(block, [view.sources for view in views])
-        if grown is block:
-            grown = grown.copy()
-        if self.factor != 1.0:
-            grown *= grown.dtype.type(self.factor)
-        grown = scale(grown, [view.scale for view in views])
-        for dimension, view in enumerate(views):
-            if view.contrast is not None:
-                grown += self._noise(views, dimension, grown)
-        return self._fill(grown, views)
-
-    def _noise(self, views: tuple[View, ...], dimension: int, grown: Array) -> Array:
-        """What parts the copies along one dimension: random numbers of the source's entries times the contrast."""
-        key = (self.key[0] ^ (0x9E3779B9 * (dimension + 1) & 0xFFFFFFFF), self.key[1])
-        values = draw(key, [view.source_positions for view in views]).astype(grown.dtype)
-        values = scale(values, [view.source_spread for view in views])
-        vectors = [view.contrast if each == dimension else view.scale for each, view in enumerate(views)]
-        return scale(values, vectors) * values.dtype.type(self.factor)
-
-    def _fill(self, grown: Array, views: tuple[View, ...]) -> Array:
-        for dimension, view in enumerate(views):
-            if view.rows is not None:
-                grown = _replace(grown, dimension, view.rows >= 0, self._begin_rows(views, dimension, grown.dtype))
-        if any(view.seeded is not None for view in views):
-            seeds = _product(views, self.layers, grown)
-            for dimension, view in enumerate(views):
-                if view.seeded is not None:
-                    grown = _replace(grown, dimension, view.seeded, seeds)
-        if any(view.drawn is not None for view in views):
-            grown = self._draw_created(grown, views)
-        for dimension, view in enumerate(views):
-            if view.zero is not None:
-                grown = _replace(grown, dimension, view.zero, grown.dtype.type(0))
-        return grown
-
-    def _begin_rows(self, views: tuple[View, ...], dimension: int, dtype: Any) -> Array:
-        """The created rows of a block, expanded along the other dimensions like everything else."""
-        assert self.rows is not None
-        np_or_jnp = views[dimension].source_positions.__array_namespace__()
-        rows = np_or_jnp.moveaxis(np_or_jnp.asarray(self.rows, dtype), 0, dimension)
-        indices = [view.rows if each == dimension else view.source_positions for each, view in enumerate(views)]
-        grown = gather(rows, [np_or_jnp.maximum(index, 0) for index in indices]) * np.dtype(dtype).type(self.factor)
-        return scale(grown, [None if each == dimension else view.scale for each, view in enumerate(views)])
-
-    def _draw_created(self, grown: Array, views: tuple[View, ...]) -> Array:
-        np_or_jnp = grown.__array_namespace__()
-        positions = [view.positions for view in views]
-        for dimension, view in enumerate(views):
-            if view.drawn is None:
-                continue
-            if np_or_jnp is np:  # draw no more than is needed
-                chosen = np.flatnonzero(view.drawn)
-                if not len(chosen):
-                    continue
-                part = [position[chosen] if each == dimension else position for each, position in enumerate(positions)]
-                spreads = [
-                    spread[chosen] if spread is not None and each == dimension else spread
-                    for each, spread in enumerate(other.drawn_spread for other in views)
-                ]
-                grown[(*[slice(None)] * dimension, chosen)] = scale(draw(self.key, part).astype(grown.dtype), spreads)
-            else:
-                values = scale(draw(self.key, positions).astype(grown.dtype), [other.drawn_spread for other in views])
-                grown = _replace(grown, dimension, view.drawn, values)
-        return grown
 
 
 def grow_parameter(
@@ -342,9 +194,11 @@ def _assemble(
         shape=tuple(len(view.positions) for view in views),
         dtype=np.dtype(dtype),
         views=tuple(views),
-        key=(int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")),
-        factor=factor,
-        rows=statistics.rows if statistics is not None and any("rows" in each for each in masks.values()) else None,
+        constants=Constants(
+            key=tuple(np.frombuffer(digest[:8], "<u4").astype(np.uint32)),
+            factor=None if factor == 1.0 else np.float64(factor),
+            rows=statistics.rows if statistics is not None and any("rows" in each for each in masks.values()) else None,
+        ),
         layers=layers,
     )
 
@@ -385,38 +239,3 @@ def _seeds(
     seeds = marginal[..., entry.sources] * (1.0 if scales is None else scales)
     kept = ~entry.created
     return np.where(kept, seeds, seeds[..., kept].mean(-1, keepdims=True))
-
-
-def _product(views: tuple[View, ...], layers: int | None, grown: Array) -> Array:
-    """The outer product of the views' seeds, layer by layer."""
-    product = None
-    for dimension, view in enumerate(views):
-        seeds = view.seeds
-        assert seeds is not None
-        if seeds.ndim == 2:
-            assert layers is not None
-            shape = [1] * grown.ndim
-            shape[layers], shape[dimension] = seeds.shape
-            spread = seeds.reshape(shape) if layers < dimension else seeds.T.reshape(shape)
-        else:
-            spread = along(seeds, dimension, grown.ndim)
-        product = spread if product is None else product * spread
-    assert product is not None
-    return product.astype(grown.dtype)
-
-
-def _replace(grown: Array, dimension: int, mask: Array, values: Array) -> Array:
-    """The array with the masked entries of one dimension taken from values that broadcast to it."""
-    np_or_jnp = grown.__array_namespace__()
-    if np_or_jnp is np:
-        chosen = np.flatnonzero(mask)
-        if len(chosen):
-            index = (*[slice(None)] * dimension, chosen)
-            grown[index] = values if np.ndim(values) == 0 else np.broadcast_to(values, grown.shape)[index]
-        return grown
-    return np_or_jnp.where(along(mask, dimension, grown.ndim), values, grown)
-
-
-def whole(shape: Iterable[int]) -> tuple[slice, ...]:
-    """The block that is the whole array."""
-    return tuple(slice(0, size) for size in shape)
