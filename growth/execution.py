@@ -56,19 +56,8 @@ def execute_growth(
         synchronise(f"begin {output_path}")
         stored = open_arrays(checkpoint_path)
         leaves = plan_leaves(stored, growth, measure_source(stored, growth))
-        journal = Journal(unfinished, jax.process_index())
-        total = count_bytes(leaves) // jax.process_count()
-        with Progress("grow", total=total, unit="B", shown=first) as progress:
-            report = write_leaves(
-                folder,
-                stored,
-                leaves,
-                journal,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                advance=progress.advance,
-            )
-        journal.close()
+        with Journal(unfinished, jax.process_index()) as journal:
+            report = _write(folder, stored, leaves, journal)
         synchronise(f"arrays {output_path}")
         if first:
             try:
@@ -79,6 +68,23 @@ def execute_growth(
             shutil.rmtree(unfinished)
         synchronise(f"end {output_path}")
     return report
+
+
+def _write(
+    folder: Path, stored: Mapping[str, StoredArray], leaves: Mapping[str, Leaf], journal: Journal
+) -> StreamReport:
+    index, count = jax.process_index(), jax.process_count()
+    with Progress("grow", total=count_bytes(leaves) // count, unit="B", shown=index == 0) as progress:
+        return write_leaves(
+            folder,
+            stored,
+            leaves,
+            journal,
+            process_index=index,
+            process_count=count,
+            chunk_bytes=CHUNK_BYTES,
+            advance=progress.advance,
+        )
 
 
 def measure_source(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> dict[str, LeafStatistics]:
@@ -113,7 +119,7 @@ def plan_leaves(
             spec = growth.specs[name]
             leaves[array_name] = plan_leaf(group, name, spec, growth.plan, statistics.get(array_name), array.dtype)
         elif array_name in ("step", "rows"):
-            leaves[array_name] = KnownArray(array.read(()))
+            leaves[array_name] = KnownArray(array.read())
         elif group != "multipliers":
             raise ArtifactError(
                 f"the checkpoint has an array {array_name}, which growth does not know; grow it with the version that "
@@ -125,9 +131,7 @@ def plan_leaves(
 def _grow_records(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> dict[str, Leaf]:
     names = [name.removeprefix("multipliers.") for name in stored if name.startswith("multipliers.")]
     records = {
-        axis: AxisMultiplier(
-            *(stored[f"multipliers.{axis}.{field}"].read((slice(None),)) for field in AxisMultiplier._fields)
-        )
+        axis: AxisMultiplier(*(stored[f"multipliers.{axis}.{field}"].read() for field in AxisMultiplier._fields))
         for axis in sorted({name.rpartition(".")[0] for name in names})
     }
     grown = grow_records(records, growth.plan.maps, growth.plan.step)

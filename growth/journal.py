@@ -11,11 +11,12 @@ import shutil
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from t5pegasus.config import read_json, write_json
 from t5pegasus.errors import ArtifactError, writing
-from t5pegasus.manifest import Files, find_damaged, flush
+from t5pegasus.manifest import find_damaged, flush
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def checkpoint_folder(unfinished: Path) -> Path:
 
 
 class Journal:
-    """The finished files of an unfinished folder, of all its processes; this process adds its own.
+    """The finished files of an unfinished folder, of all its processes; this process adds its own. A context manager.
 
     Args:
         unfinished: a folder that `begin_growth` made.
@@ -69,6 +70,14 @@ class Journal:
         self._file = self._path.open("a", encoding="utf-8")
         if torn:
             self._file.write("\n")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
 
     def read(self) -> dict[str, dict[str, Any]]:
         """Name below the checkpoint's folder → manifest entry, of all processes; a later line counts."""
@@ -96,12 +105,3 @@ class Journal:
         with self._lock, writing(self._path):
             self._file.write(json.dumps({"file": name, **entry}) + "\n")
             self._file.flush()
-
-    def close(self) -> Files:
-        """End this process' part.
-
-        Returns:
-            What all have added so far; after all processes have closed theirs, that is everything.
-        """
-        self._file.close()
-        return self.read()

@@ -257,14 +257,23 @@ def _describe(folder: Path, leaves: Mapping[str, Leaf], chunk_bytes: int) -> Non
 
 def _run(function: Callable[[Item], None], items: Iterable[Item], num_threads: int) -> None:
     """Call a function on every item, in threads; after an error none is begun any more."""
+    stopped = threading.Event()
+
+    def call(item: Item) -> None:
+        if not stopped.is_set():
+            try:
+                function(item)
+            except BaseException:
+                stopped.set()
+                raise
+
     with ThreadPoolExecutor(num_threads) as pool:
-        futures = [pool.submit(function, item) for item in items]
+        futures = [pool.submit(call, item) for item in items]
         try:
             for future in futures:
                 future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        finally:
+            stopped.set()
 
 
 def _whole(shape: tuple[int, ...]) -> Slices:
