@@ -180,7 +180,7 @@ def has_ema(path: Path) -> bool:
 
 def list_arrays(path: Path) -> frozenset[str]:
     """The dotted names of a checkpoint's arrays: each has a folder."""
-    return frozenset(folder.name for folder in (path / "arrays").iterdir() if folder.is_dir())
+    return frozenset(file.parent.name for file in (path / "arrays").glob("*/zarr.json"))
 
 
 def has_optimizer_state(path: Path) -> bool:

@@ -31,7 +31,7 @@ def batches(examples_path, run_config):
 def two_updates(config, batches, sizes):
     """Losses and parameters (their average, if it is kept) after two updates on a mesh of these sizes."""
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: int(np.prod(sizes))])
-    state = init_state(config.model, 0, mesh, with_ema=config.train.ema_decay > 0)
+    state = init_state(config.model, 0, mesh, config.optimizer, with_ema=config.train.ema_decay > 0)
     train_step = make_train_step(config, mesh)
     losses = []
     for batch in batches:
@@ -81,6 +81,17 @@ def test_with_every_option_meshes_and_micro_batches_give_the_same_update_too(wit
     (losses, parameters), (wanted_losses, wanted) = (
         two_updates(config, batches, (2, 2, 2)), two_updates(with_every_option, batches, (1, 1, 1))
     )  # fmt: skip
+    np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
+    for name, array in wanted.items():
+        np.testing.assert_allclose(parameters[name], array, rtol=0, atol=5e-6, err_msg=name)
+
+
+def test_meshes_agree_on_adafactor_whose_moments_are_means_over_split_axes(run_config, batches):
+    optimizer = dataclasses.replace(run_config.optimizer, name="adafactor", min_dim_size_to_factor=64)
+    config = dataclasses.replace(run_config, optimizer=optimizer)
+    (losses, parameters), (wanted_losses, wanted) = (
+        two_updates(config, batches, sizes) for sizes in ((2, 2, 2), (1, 1, 1))
+    )
     np.testing.assert_allclose(losses, wanted_losses, rtol=2e-6)
     for name, array in wanted.items():
         np.testing.assert_allclose(parameters[name], array, rtol=0, atol=5e-6, err_msg=name)
