@@ -57,7 +57,9 @@ def grow_on_mesh(state: TrainState, growth: ModelGrowth, mesh: Mesh) -> TrainSta
     if moving:
         logger.warning(
             "growing %s moved entries between devices, because their maps are not the same in every share of the mesh "
-            "(%s); layout 'spread' and sizes that the mesh divides avoid that", ", ".join(sorted(moving)), dict(mesh.shape),
+            "(%s); layout 'spread' and sizes that the mesh divides avoid that",
+            ", ".join(sorted(moving)),
+            dict(mesh.shape),
         )  # fmt: skip
     everywhere = NamedSharding(mesh, PartitionSpec())
     records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
