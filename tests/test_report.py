@@ -196,6 +196,26 @@ def test_seam_and_receipt_are_shown(flow: Path, tmp_path: Path):
     assert "448,000" in page
 
 
+def test_a_growth_within_a_run_is_a_seam_and_a_row(tmp_path: Path):
+    run = write_run(tmp_path / "progressive", SMALL, range(500))
+    record = {
+        "kind": "growth", "step": 200, "plan_hash": "c0ffee" * 10, "name": "growth stage 1 (step=200:d_model=96)",
+        "promise": "R", "source": SMALL.to_json(), "target": LARGE.to_json(), "parameters_before": 448_000,
+        "parameters_after": 672_000, "evidence": "examples/heldout", "loss_before": 4.0211, "loss_after": 4.0212,
+        "source_flops": 2 * 10**15, "own_flops": 10**9, "flops": 2 * 10**15 + 10**9, "seconds": 3.14, "config": {},
+    }  # fmt: skip
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines.insert(len(lines) // 2, json.dumps(record))
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_report([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    words = read_page(tmp_path / "report.html").words
+    assert page.count('<g class="seam">') == 7  # in every figure of the panel
+    assert {"d_model 64 → 96", "448k → 672k", "4.0211 → 4.0212", "2e+15", "c0ffeec0ffee"} <= set(words)
+    assert f"d_model {LARGE.d_model}" in page  # the model as it is now
+    assert "None of these runs" not in page
+
+
 def test_scores_and_summaries_are_shown(flow: Path, tmp_path: Path):
     write_report([flow], tmp_path / "report.html")
     words = read_page(tmp_path / "report.html").words
@@ -275,7 +295,7 @@ def test_absent_parts_are_named(tmp_path: Path):
     for part in ("gone/checkpoints/7", "no training record", "scores.json", "summaries.jsonl", "no manifest at"):
         assert part in text
     assert "no record of a start" in text
-    assert "None of these runs began with a grown checkpoint" in text
+    assert "None of these runs began with a grown checkpoint, or grew on its way" in text
     assert "svg" not in read_page(tmp_path / "report.html").tags
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from t5pegasus.report.chart import Line, Seam, draw_lines
 from t5pegasus.report.markup import Markup, absent, escape, join, section, show, show_short
-from t5pegasus.report.overview import describe_growth
+from t5pegasus.report.overview import describe_growth, describe_sizes
 from t5pegasus.report.runs import Run, group_runs
 
 NUM_COLORS = 5
@@ -36,7 +36,12 @@ def _panel(group: Sequence[Run], runs: Sequence[Run]) -> Markup:
     ]
     growths = [growth for run in group for growth in run.growths]
     seams = [Seam(growth.step, "grown", describe_growth(growth)) for growth in growths]
-    short = [Seam(growth.step, "grown") for growth in growths]
+    seams += [
+        Seam(record["step"], "grown", describe_sizes(record["source"], record["target"]))
+        for run in group
+        for record in run.own_growths
+    ]
+    short = [Seam(seam.step, seam.label) for seam in seams]
 
     def color(run: Run) -> int:
         return list(runs).index(run) % NUM_COLORS

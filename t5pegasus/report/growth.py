@@ -2,17 +2,45 @@
 
 from collections.abc import Sequence
 
-from t5pegasus.report.markup import Markup, absent, escape, section, show, show_difference, table
-from t5pegasus.report.overview import heldout_around_growth
+from t5pegasus.report.markup import Markup, absent, escape, section, show, show_difference, show_short, table
+from t5pegasus.report.overview import describe_sizes, heldout_around_growth
 from t5pegasus.report.runs import Growth, Run
 
 
 def show_growths(runs: Sequence[Run]) -> Markup:
     """Plan and receipt of every growth between the runs."""
     parts = [_receipt(run, growth) for run in runs for growth in run.growths]
+    parts += [_own_growths(run) for run in runs if run.own_growths]
     return section(
-        "Growth receipt", "扩展凭据", *(parts or [absent("None of these runs began with a grown checkpoint.")])
+        "Growth receipt",
+        "扩展凭据",
+        *(parts or [absent("None of these runs began with a grown checkpoint, or grew on its way.")]),
     )
+
+
+def _own_growths(run: Run) -> Markup:
+    """The growths within a run, as its metrics tell them."""
+    rows = [
+        (
+            show(record["step"]),
+            ", ".join(describe_sizes(record["source"], record["target"])),
+            f"{show_short(record['parameters_before'])} → {show_short(record['parameters_after'])}",
+            f"{record['loss_before']:.4f} → {record['loss_after']:.4f}",
+            f"{record['source_flops']:.3g}",
+            f"{record['seconds']:.1f}",
+            record["plan_hash"][:12],
+        )
+        for record in run.own_growths
+    ]
+    trained = [record["flops"] for record in run.of_kind("train") if "flops" in record]
+    spent = f" Training took {trained[-1]:.3g} FLOPs in all, the smaller models' among them." if trained else ""
+    evidence = escape(run.own_growths[-1]["evidence"])
+    text = Markup(
+        f"<b>{escape(run.name)}</b> grew while it trained. The losses, in nats per token on both sides of the seam, "
+        f"are of {evidence}.{spent}"
+    )
+    head = ("Step", "What grew", "Parameters", "Loss", "FLOPs until then", "Seconds", "Plan")
+    return Markup(f'<div class="panel"><p class="verdict">{text}</p>{table(head, rows)}</div>')
 
 
 def _receipt(run: Run, growth: Growth) -> Markup:

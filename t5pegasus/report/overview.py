@@ -13,7 +13,7 @@ from t5pegasus.report.markup import (
     show_seconds,
     show_short,
 )
-from t5pegasus.report.runs import Growth, Run
+from t5pegasus.report.runs import Growth, Json, Run
 from t5pegasus.report.scores import read_rouge
 
 GROWN_FIELDS = ("d_model", "d_ff", "num_heads", "d_kv", "num_encoder_layers", "num_decoder_layers")
@@ -41,7 +41,11 @@ def describe_model(model: dict) -> str:
 
 def describe_growth(growth: Growth) -> list[str]:
     """What grew: `d_model 64 → 96`, `d_ff 128 → 256`."""
-    source, target = growth.plan["source"], growth.plan["target"]
+    return describe_sizes(growth.plan["source"], growth.plan["target"])
+
+
+def describe_sizes(source: Json, target: Json) -> list[str]:
+    """The sizes in which two models differ."""
     return [f"{field} {source[field]} → {target[field]}" for field in GROWN_FIELDS if source[field] != target[field]]
 
 
@@ -66,10 +70,14 @@ def _tile(label: str, chinese: str, value: str, note: str = "") -> Markup:
 def _parameters(chain: Sequence[Run]) -> Markup:
     sizes: list[str] = []
     for run in chain:
-        counts = [start["num_parameters"] for start in run.of_kind("start") if "num_parameters" in start]
-        if counts and (not sizes or sizes[-1] != show_short(counts[-1])):
-            sizes.append(show_short(counts[-1]))
-    return _tile("Parameters", "参数量", " → ".join(sizes) or "not recorded", describe_model(chain[-1].config["model"]))
+        counts = [start["num_parameters"] for start in run.of_kind("start") if "num_parameters" in start][-1:]
+        if run.own_growths:
+            counts = [run.own_growths[0]["parameters_before"]]
+            counts += [record["parameters_after"] for record in run.own_growths]
+        for size in map(show_short, counts):
+            if not sizes or sizes[-1] != size:
+                sizes.append(size)
+    return _tile("Parameters", "参数量", " → ".join(sizes) or "not recorded", describe_model(chain[-1].models[-1]))
 
 
 def _steps(chain: Sequence[Run]) -> Markup:
@@ -97,6 +105,11 @@ def _heldout(chain: Sequence[Run]) -> Markup:
 
 def _growth(chain: Sequence[Run]) -> Markup:
     growths = [growth for run in chain for growth in run.growths]
+    own = [record for run in chain for record in run.own_growths]
+    if own and (not growths or own[-1]["step"] >= growths[-1].step):
+        difference = own[-1]["loss_after"] - own[-1]["loss_before"]
+        note = f"loss right behind the last growth minus before, nats per token; growths in the run: {len(own)}"
+        return _tile("Growth", "模型扩展", show_difference(difference), note)
     if not growths:
         return _tile("Growth", "模型扩展", "none", "this model has not been grown")
     receipt = growths[-1].receipt
@@ -129,7 +142,14 @@ def _stages(runs: Sequence[Run]) -> Markup:
         parts.append(
             Markup(
                 f"<li><b>{escape(run.name)}</b> <span>{span}</span>"
-                f"<small>{escape(describe_model(run.config['model']))}</small></li>"
+                f"<small>{escape(describe_model(run.models[-1]))}</small></li>"
             )
         )
+        parts += [
+            Markup(
+                f'<li class="seam"><b>grown in {escape(run.name)}</b> <span>at step {show(record["step"])}</span>'
+                f"<small>{escape(', '.join(describe_sizes(record['source'], record['target'])))}</small></li>"
+            )
+            for record in run.own_growths
+        ]
     return section("Stages", "训练阶段", Markup(f'<ol class="stages">{join(parts)}</ol>'))

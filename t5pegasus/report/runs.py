@@ -80,6 +80,16 @@ class Run:
         return max([record["step"] for record in self.records], default=0)
 
     @property
+    def own_growths(self) -> list[Json]:
+        """Records of the growths while it trained, oldest first."""
+        return self.of_kind("growth")
+
+    @property
+    def models(self) -> list[Json]:
+        """The models it trained, one after the other: that of its config, then those it grew to."""
+        return [self.config["model"], *(record["target"] for record in self.own_growths)]
+
+    @property
     def continues(self) -> bool:
         """Whether its steps go on where its parent's ended; fine-tuning counts anew."""
         return self.parent is not None and self.first_step > 0
