@@ -75,7 +75,7 @@ def _plan_event(
         asked=stage.to_json(),
         is_due=lambda step, history: stage.when.is_due(step, this_phase(history)),
         change_config=change_config,
-        change_state=functools.partial(_grow, growth, optimizer),
+        change_state=functools.partial(_grow, growth),
         check=functools.partial(check_losses, name, growth.plan.promise),
         at_step=stage.when.step if isinstance(stage.when, AtStep) else None,
         needs_heldout=isinstance(stage.when, WhenFlat),
@@ -132,17 +132,8 @@ def optimizer_after(growth: "ModelGrowth", optimizer: OptimizerConfig, step: int
     return optimizer
 
 
-def _grow(growth: "ModelGrowth", optimizer: OptimizerConfig, state: "TrainState", mesh: "Mesh") -> "TrainState":
-    """The grown state on the mesh; every process holds the whole of it in its memory meanwhile."""
-    import jax
-    from jax.experimental import multihost_utils
-
-    from growth.grow import grow_state
-    from t5pegasus.model.t5 import declare_parameters
-    from t5pegasus.train.state import state_shardings
+def _grow(growth: "ModelGrowth", state: "TrainState", mesh: "Mesh") -> "TrainState":
+    from growth.mesh import grow_on_mesh
 
     plan = dataclasses.replace(growth.plan, step=int(state.step))
-    whole = jax.device_get(state) if jax.process_count() == 1 else multihost_utils.process_allgather(state, tiled=True)
-    grown = grow_state(whole, dataclasses.replace(growth, plan=plan))
-    specs = declare_parameters(growth.target)
-    return jax.device_put(grown, state_shardings(specs, mesh, optimizer, with_ema=bool(grown.ema)))
+    return grow_on_mesh(state, dataclasses.replace(growth, plan=plan), mesh)
