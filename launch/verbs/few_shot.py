@@ -27,7 +27,7 @@ class DataFlags(DataConfig):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerFlags(OptimizerConfig):
-    """AdamW and its schedule."""
+    """The optimizer and its schedule."""
 
     learning_rate: float = DEFAULT_OPTIMIZER.learning_rate
     schedule: Literal["constant", "cosine", "wsd"] = DEFAULT_OPTIMIZER.schedule
