@@ -5,34 +5,49 @@ import difflib
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from t5pegasus.config import ModelConfig
+from t5pegasus.config import ModelConfig, RunConfig, read_json
 from t5pegasus.errors import UsageError
 from t5pegasus.presets import PRESETS, preset
 
 if TYPE_CHECKING:
-    from growth.plan import GrowthPlan
+    from growth.choices import Choices
+
+WHOLE_STATE = ("parameters", "first_moment", "second_moment")
 
 
 @dataclasses.dataclass(frozen=True)
 class Grow:
     """Turn a checkpoint into a larger one that computes the same, and print the receipt that it does.
 
-    For example: t5pegasus grow runs/tiny --to d_model=96,num_encoder_layers=4 --output-path grown
+    For example:
+      t5pegasus grow runs/tiny grown --to d_model=96,num_encoder_layers=4
+      t5pegasus grow runs/base grown --to large --plan plan.json --explain
+      t5pegasus grow mt5-small-folder mt5-grown-folder --to d_ff=2048
+      t5pegasus grow runs/base grown --add-tokens words.txt
 
     Sizes come from a preset (--to large), from a list (--to d_model=96,d_ff=256), from flags (--d-model 96), or from
-    several of them, the flags deciding. What is named nowhere stays, as do vocabulary, token ids and dropout.
+    several of them, the flags deciding. What is named nowhere stays, as do token ids and dropout. A Hugging Face
+    folder of T5 or mT5 becomes a larger Hugging Face folder.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
-    """A checkpoint folder, or a run, whose best or last good checkpoint is meant."""
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """A checkpoint folder, a run, whose best or last good checkpoint is meant, or a Hugging Face folder; with --explain
+    also a preset."""
+    output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
+    """Folder to create; default is the run's, checkpoint's or folder's name with -grown."""
     output_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """Folder to create; default is the run's or checkpoint's name with -grown."""
+    """The same, as a flag."""
     to: str | None = None
     """A preset (small, base, large, xl), or field=size pairs joined by commas."""
+    plan: Path | None = None
+    """JSON file that says how: {"axes": {"embed": "pad", "*.mlp": {"operator": "duplicate", "first_share": 0.7}, …},
+    "seed", "noise", "state", "dynamics", "learning_rate", "refactor"} (docs/growth.md)."""
+    explain: bool = False
+    """Print the plan as a table, with what it will take, and write nothing."""
     d_model: int | None = None
     """Width of the residual stream; any larger number."""
     d_ff: int | None = None
@@ -45,29 +60,128 @@ class Grow:
     """Encoder layers."""
     num_decoder_layers: int | None = None
     """Decoder layers."""
+    relative_attention_boundaries: tuple[int, ...] | None = None
+    """Distances from which the last bucket of relative positions is split, e.g. 256 512 1024; with those there are."""
+    add_tokens: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Tokens to add to the vocabulary, one per line; each begins as the mean of the pieces it was read as before."""
+    masked: bool = False
+    """With --add-tokens: the new tokens have no probability until --open-tokens, so that not one logit changes."""
+    open_tokens: bool = False
+    """Open the masked tokens."""
     examples_path: Path | None = None
     """Examples to compare the two models on, their `heldout` folder if there is one; default is random tokens."""
-    seed: int = 0
-    """Of the new random entries."""
+    seed: int | None = None
+    """Of the new random entries; default is the plan's, or 0."""
 
 
 def main(argv: list[str]) -> None:
     """Parse, grow, print plan, receipt, path and what to do next."""
     args = tyro.cli(Grow, prog="t5pegasus grow", args=argv)
+    if args.output is not None and args.output_path is not None:
+        raise UsageError(f"OUTPUT is given twice, as {args.output} and --output-path {args.output_path}; leave one out")
+    if args.masked and args.add_tokens is None:
+        raise UsageError("--masked goes with --add-tokens FILE: only new tokens can be masked")
+    if args.explain:
+        print(_explain(args))
+        return
+    from t5pegasus.convert.sources import is_foreign
+
+    if is_foreign(args.checkpoint):
+        from launch.recipes.grow_hugging_face import grow_hugging_face
+
+        done, folder = grow_hugging_face(args.checkpoint, _output_path(args), lambda model: _aim(args, model))
+        print(done)
+        print(f"Hugging Face folder: {folder}; its README.md says how transformers loads it")
+        return
+    _grow(args)
+
+
+def _grow(args: Grow) -> None:
     start = time.monotonic()
+    from growth.explain import explain
     from growth.grow import grow_checkpoint
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
 
     checkpoint = find_checkpoint(args.checkpoint)
     info = load_checkpoint_info(checkpoint)
-    target = choose_target(info.config.model, args.to, {field: getattr(args, field) for field in growing_fields()})
-    output_path = args.output_path or default_output_path(args.checkpoint)
-    done = grow_checkpoint(checkpoint, target, output_path, seed=args.seed, examples_path=args.examples_path)
-    print(format_plan(done.plan))
+    target, choices = _aim(args, info.config.model)
+    done = grow_checkpoint(
+        checkpoint,
+        target,
+        _output_path(args),
+        choices=choices,
+        examples_path=args.examples_path,
+        add_tokens=args.add_tokens,
+    )
+    print(explain(done.growth, list_groups(checkpoint)))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
-    print(f"receipt: {done.receipt}, {done.receipt.grown_bytes:,} bytes, {took}")
+    print(f"receipt: {done.receipt}, {took}")
     print(f"checkpoint: {done.path}" + (" (already grown by this plan, nothing to do)" if done.already_there else ""))
-    print(f"next: {_next_command(done.path, args.examples_path or find_examples(checkpoint), info.step)}")
+    examples = None if args.add_tokens is not None else args.examples_path or find_examples(checkpoint)
+    print(f"next: {_next_command(done.path, examples, info.step, new_tokenizer=args.add_tokens is not None)}")
+
+
+def _explain(args: Grow) -> str:
+    """The plan for a checkpoint, a Hugging Face folder or a preset, from its description alone."""
+    from growth.explain import explain
+    from growth.t5 import plan_growth
+
+    if str(args.checkpoint) in PRESETS and not args.checkpoint.exists():
+        config, step, groups = preset(str(args.checkpoint)), 0, list(WHOLE_STATE)
+    else:
+        config, step, groups = _read_description(args.checkpoint)
+    target, choices = _aim(args, config.model)
+    if args.add_tokens is not None:
+        from t5pegasus.text.tokenizer.added_tokens import read_tokens
+
+        target = add_to_vocabulary(target, len(read_tokens(args.add_tokens)), masked=args.masked)
+    growth = plan_growth(config.model, target, choices, step=step, optimizer=config.optimizer)
+    return explain(growth, groups)
+
+
+def _read_description(path: Path) -> tuple[RunConfig, int, list[str]]:
+    from t5pegasus.checkpoint import find_best, load_checkpoint_info
+    from t5pegasus.convert.sources import is_foreign, open_source
+
+    if is_foreign(path):
+        return RunConfig(model=open_source(path)[0].model), 0, ["parameters"]
+    checkpoint = path if (path / "checkpoint.json").is_file() else find_best(path)
+    if checkpoint is None:
+        raise UsageError(f"{path} is neither a checkpoint nor a run with one; check the path, or give a preset")
+    info = load_checkpoint_info(checkpoint)
+    return info.config, info.step, list_groups(checkpoint)
+
+
+def list_groups(checkpoint: Path) -> list[str]:
+    """The parts of a checkpoint's state that have the size of its parameters."""
+    there = {folder.name.partition(".")[0] for folder in (checkpoint / "arrays").iterdir()}
+    return [group for group in (*WHOLE_STATE, "ema") if group in there]
+
+
+def _aim(args: Grow, source: ModelConfig) -> tuple[ModelConfig, "Choices"]:
+    """The config to reach, but for added tokens, and how."""
+    from growth.choices import Choices
+
+    flags = {field: getattr(args, field) for field in growing_fields()}
+    others = args.add_tokens is not None or args.open_tokens
+    target = source if others and args.to is None and not any(flags.values()) else choose_target(source, args.to, flags)
+    if args.open_tokens:
+        if not source.num_masked_tokens:
+            raise UsageError("--open-tokens: the checkpoint's model has no masked tokens; leave it out")
+        target = dataclasses.replace(target, num_masked_tokens=0)
+    fields: dict[str, Any] = {} if args.plan is None else read_json(args.plan)
+    if args.seed is not None:
+        fields["seed"] = args.seed
+    return target, Choices.from_json(fields, "plan" if args.plan is None else str(args.plan))
+
+
+def add_to_vocabulary(target: ModelConfig, count: int, *, masked: bool) -> ModelConfig:
+    """The config with so many more tokens."""
+    return dataclasses.replace(
+        target,
+        vocab_size=target.vocab_size + count,
+        num_masked_tokens=target.num_masked_tokens + (count if masked else 0),
+    )
 
 
 def growing_fields() -> tuple[str, ...]:
@@ -75,7 +189,7 @@ def growing_fields() -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(Grow) if field.name in ModelConfig.__dataclass_fields__)
 
 
-def choose_target(source: ModelConfig, to: str | None, flags: dict[str, int | None]) -> ModelConfig:
+def choose_target(source: ModelConfig, to: str | None, flags: dict[str, Any]) -> ModelConfig:
     """The config to reach: the source's, with the sizes of `to`, then those of the flags that were given.
 
     Raises:
@@ -86,8 +200,12 @@ def choose_target(source: ModelConfig, to: str | None, flags: dict[str, int | No
         raise UsageError(
             "nothing says how large to grow; give --to PRESET, --to d_model=96,… or flags like --d-model 96"
         )
-    sizes = {} if to is None else _read_sizes(to, tuple(flags))
+    sizes = {} if to is None else _read_sizes(to, tuple(field for field in flags if "boundaries" not in field))
     return dataclasses.replace(source, **{**sizes, **given})
+
+
+def _output_path(args: Grow) -> Path:
+    return args.output or args.output_path or default_output_path(args.checkpoint)
 
 
 def default_output_path(checkpoint: Path) -> Path:
@@ -106,22 +224,15 @@ def find_examples(checkpoint: Path) -> Path | None:
     return None if record is None or record[1]["examples_path"] is None else Path(record[1]["examples_path"])
 
 
-def _next_command(grown: Path, examples_path: Path | None, step: int) -> str:
+def _next_command(grown: Path, examples_path: Path | None, step: int, *, new_tokenizer: bool) -> str:
     """How to train on: as many updates again, since steps go on being counted."""
     examples = "EXAMPLES" if examples_path is None else shlex.quote(str(examples_path))
     start, run = shlex.quote(str(grown)), shlex.quote(f"{grown}-run")
     steps = f" --train.steps {2 * step}" if step else ""
-    return f"t5pegasus pretrain --start-from {start} --examples-path {examples} --run-path {run}{steps}"
-
-
-def format_plan(plan: "GrowthPlan") -> str:
-    """The plan as a table: field, sizes, what is promised, how."""
-    lines = [
-        f"  {each.field:<18} {each.source:>6} → {each.target:<6} {each.function_class}  {each.rule}; "
-        f"set in motion by: {each.breaker}"
-        for each in plan.fields
-    ]
-    return "\n".join([f"plan {plan.hash[:12]} (seed {plan.seed}; B: bitwise, R: up to rounding)", *lines])
+    command = f"t5pegasus pretrain --start-from {start} --examples-path {examples} --run-path {run}{steps}"
+    if not new_tokenizer:
+        return command
+    return f"{command} --reset-rows, with EXAMPLES built by --tokenizer-path {shlex.quote(str(grown / 'tokenizer'))}"
 
 
 def _read_sizes(to: str, fields: tuple[str, ...]) -> dict[str, int]:

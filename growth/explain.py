@@ -1,0 +1,100 @@
+"""A plan as a table, with what it will take; nothing of the checkpoint but its description is read."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from growth.axis_growth import PROMISES, AxisGrowth
+from growth.t5 import ModelGrowth
+from t5pegasus.model.t5 import count_parameters
+
+BYTES_PER_SECOND = 400e6
+"""What the surgery writes on two cores and a local disk, checksums included (benchmarks/RESULTS.md, out of core)."""
+RESIDENT_BYTES = 350e6
+"""What it holds at most, whatever the model's size (the same benchmark)."""
+_COLUMNS = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
+
+
+def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
+    """The plan as a table: one line for axes that grow alike, what it promises, and what it will take.
+
+    Args:
+        growth: the plan.
+        groups: the parts of the source's state of the size of its parameters: `parameters`, `first_moment`…
+    """
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for each in growth.plan.axes:
+        alike.setdefault(_describe(each, growth), []).append(each.axis)
+    rows = [(", ".join(axes), *cells) for cells, axes in alike.items()]
+    table = _format_table([_COLUMNS, *rows])
+    choices, groups = growth.plan.choices, list(groups)
+    before, after = (count_parameters(model) for model in (growth.source, growth.target))
+    written = 4 * after * len(groups)
+    rate = choices.learning_rate
+    policies = {
+        "keep": "step and schedule go on",
+        "rewarm": f"as before; what is new takes {rate.peak:g} × the rate, warmed up over {rate.steps} updates",
+        "remap": f"the schedule goes on from step {rate.to_step}",
+    }
+    promise = growth.plan.promise
+    lines = [
+        f"plan {growth.hash[:12]}, seed {choices.seed}, noise {choices.noise:g}, moments {choices.state}, "
+        f"dynamics {choices.dynamics}",
+        *table,
+        f"promise: {promise}, {PROMISES[promise]}",
+        f"learning rate: {policies[rate.policy]}",
+        f"parameters: {before:,} → {after:,} ({after / before:.2f} ×)",
+        f"surgery: reads {_bytes(4 * before * len(groups))}, writes {_bytes(written)} ({' + '.join(groups)}), "
+        f"about {_seconds(written / BYTES_PER_SECOND)} on two cores and a local disk, "
+        f"at most {_bytes(RESIDENT_BYTES)} of memory",
+        f"receipt: about {_bytes(4 * (before + after))} of memory for both models, in a process of its own",
+    ]
+    if growth.target.layer_norm_epsilon != growth.source.layer_norm_epsilon:
+        lines.append(
+            f"layer_norm_epsilon: {growth.source.layer_norm_epsilon:g} → {growth.target.layer_norm_epsilon:g}, "
+            "because gains are scaled"
+        )
+    return "\n".join([*lines, *(f"note: {remark}" for remark in growth.remarks)])
+
+
+def _describe(each: AxisGrowth, growth: ModelGrowth) -> tuple[str, ...]:
+    choices = growth.plan.choices
+    return (
+        f"{each.source:,} → {each.target:,}",
+        each.describe(),
+        each.promise,
+        each.breaker(choices.noise, choices.state),
+        _state_rule(each, choices.state),
+    )
+
+
+def _state_rule(each: AxisGrowth, state: str) -> str:
+    """What becomes of moments along an axis."""
+    if state == "reset":
+        return "all zero"
+    new = {
+        "stream": "new: m 0, v mean",
+        "units": "new: m 0, v mean",
+        "layers": "new: m 0, v of the copied layer",
+        "rows": "new: m 0, v of the pieces",
+        "table": "copied",
+    }[each.kind]
+    if each.map.created.any():
+        return new
+    if each.kind in ("table", "layers"):
+        return "copied"
+    return "r·m, r²·v" + ("; copies m 0" if state == "asymmetric" else "")
+
+
+def _format_table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _bytes(number: float) -> str:
+    units: Mapping[int, str] = {0: "B", 1: "kB", 2: "MB", 3: "GB", 4: "TB"}
+    power = min(int(math.log10(max(number, 1)) // 3), 4)
+    return f"{number / 1000**power:.3g} {units[power]}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min"

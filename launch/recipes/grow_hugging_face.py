@@ -1,0 +1,48 @@
+"""A Hugging Face folder of T5 or mT5 in, a larger one that computes the same out: import, grow, export."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from growth.choices import Choices
+from growth.grow import GrownCheckpoint, grow_checkpoint
+from t5pegasus.config import ModelConfig
+from t5pegasus.convert.hf import export_hf
+from t5pegasus.convert.imported import import_foreign, require_free, save_imported
+from t5pegasus.convert.sources import open_source
+from t5pegasus.errors import UsageError
+
+
+def grow_hugging_face(
+    folder: Path, output_path: Path, aim: Callable[[ModelConfig], tuple[ModelConfig, Choices]]
+) -> tuple[GrownCheckpoint, Path]:
+    """Grow a folder that transformers reads into one that it reads, too.
+
+    The checkpoints in between lie beside the output while it works, and are gone when it is there.
+
+    Args:
+        folder: of the source, with config.json, weights and tokenizer.
+        output_path: folder to create.
+        aim: the model there is → the config to reach, and how.
+
+    Returns:
+        What the growth did, with its receipt, and the folder.
+
+    Raises:
+        UsageError: if the source is of a kind that is not exported, the plan is refused, or the output is in use.
+        ArtifactError: if the source is damaged, or the grown model is not its equal.
+    """
+    require_free(output_path)
+    foreign, where = open_source(folder)
+    if not (folder / "config.json").is_file():
+        raise UsageError(f"{folder} is no Hugging Face folder; make a checkpoint of it first: t5pegasus convert")
+    imported = import_foreign(foreign, where, None, ids_of_tokenizer=False)
+    target, choices = aim(imported.model)
+    work = output_path.with_name(output_path.name + ".growing")
+    if not (work / "source").is_dir():
+        save_imported(imported, work / "source")
+    del imported, foreign
+    done = grow_checkpoint(work / "source", target, work / "grown", choices=choices)
+    path = export_hf(work / "grown", output_path)
+    shutil.rmtree(work)
+    return done, path
