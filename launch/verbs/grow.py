@@ -111,7 +111,7 @@ def _grow(args: Grow) -> None:
         _output_path(args),
         choices=choices,
         examples_path=args.examples_path,
-        add_tokens=args.add_tokens,
+        **({} if args.add_tokens is None else {"add_tokens": args.add_tokens}),
     )
     print(explain(done.growth, list_groups(checkpoint)))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
