@@ -294,5 +294,5 @@ def _superseded(path: Path) -> Path:
 
 def synchronise(name: str) -> None:
     """Wait for all processes of a multi-process run to come to the point of this name."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
