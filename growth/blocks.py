@@ -134,12 +134,23 @@ def _noise(views: tuple[View, ...], dimension: int, constants: Constants, grown:
     """What parts the copies along one dimension: random numbers of the source's entries times the contrast."""
     first, second = constants.key
     key = (first ^ np.uint32(0x9E3779B9 * (dimension + 1) & 0xFFFFFFFF), second)
-    values = draw(key, [view.source_positions for view in views]).astype(grown.dtype)
+    values = _draw_of_source(key, [view.source_positions for view in views]).astype(grown.dtype)
     values = scale(values, [view.source_spread for view in views])
     values = scale(values, [view.contrast if each == dimension else view.scale for each, view in enumerate(views)])
     if constants.factor is not None:
         values *= values.__array_namespace__().asarray(constants.factor, values.dtype)
     return values
+
+
+def _draw_of_source(key: tuple[Array, Array], positions: list[Array]) -> Array:
+    """`draw`, on the host only once for each entry of the source, however many copies take it: drawing costs most."""
+    if not all(isinstance(each, np.ndarray) for each in positions):
+        return draw(key, positions)
+    drawn = [np.arange(each.min(), each.max() + 1) for each in positions]
+    copies = [None if np.array_equal(each, own) else each - own[0] for each, own in zip(positions, drawn)]
+    if any(len(own) > len(each) for each, own in zip(positions, drawn)):  # maps with gaps
+        return draw(key, positions)
+    return gather(draw(key, drawn), copies)
 
 
 def _begin_rows(views: tuple[View, ...], dimension: int, constants: Constants, grown: Array) -> Array:
