@@ -51,9 +51,9 @@ def draw(key: Sequence[Any], positions: Sequence[Array]) -> Array:
     np_or_jnp = positions[0].__array_namespace__()
     first, second = (np_or_jnp.asarray(word, np_or_jnp.uint32) for word in key)
     for position in positions[:-1]:
-        step = position.astype(np_or_jnp.uint32)
+        step = position.astype(np_or_jnp.uint32).reshape((1,) * first.ndim + (-1,))
         first, second = _mix(first[..., None] + step), _mix(second[..., None] ^ step)
-    step = positions[-1].astype(np_or_jnp.uint32)
+    step = positions[-1].astype(np_or_jnp.uint32).reshape((1,) * first.ndim + (-1,))
     words = _mix(_mix(first[..., None] + step) ^ second[..., None])
     centred = (words >> 8).astype(np_or_jnp.float32) - np.float32(2**23 - 0.5)
     return centred * np.float32(3**0.5 / 2**23)
