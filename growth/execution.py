@@ -1,5 +1,6 @@
 """A planned growth of a stored checkpoint, out of core: read block by block, written chunk by chunk, resumable."""
 
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,8 +10,8 @@ import jax
 import numpy as np
 
 from growth.journal import Journal, begin_growth, checkpoint_folder
-from growth.leaves import GROUPS, begin_statistics, plan_leaf
-from growth.moments import grow_records
+from growth.leaves import begin_statistics, grow_arrays, plan_leaf
+from growth.moments import factor_second_moment, grow_records
 from growth.statistics import LeafStatistics
 from growth.stream import KnownArray, Leaf, StreamReport, count_bytes, gather_statistics, write_leaves
 from growth.t5 import ModelGrowth
@@ -49,15 +50,28 @@ def execute_growth(
     """
     unfinished = output_path.with_name(output_path.name + ".unfinished")
     folder = checkpoint_folder(unfinished)
-    first = jax.process_index() == 0
+    process_index, process_count = _find_process()
+    first = process_index == 0
     with writing(output_path):
         if first:
             begin_growth(unfinished, {**identity, "chunk_bytes": CHUNK_BYTES})
         synchronise(f"begin {output_path}")
         stored = open_arrays(checkpoint_path)
         leaves = plan_leaves(stored, growth, measure_source(stored, growth))
-        with Journal(unfinished, jax.process_index()) as journal:
-            report = _write(folder, stored, leaves, journal)
+        with (
+            Journal(unfinished, process_index) as journal,
+            Progress("grow", total=count_bytes(leaves) // process_count, unit="B", shown=first) as progress,
+        ):
+            report = write_leaves(
+                folder,
+                stored,
+                leaves,
+                journal,
+                process_index=process_index,
+                process_count=process_count,
+                chunk_bytes=CHUNK_BYTES,
+                advance=progress.advance,
+            )
         synchronise(f"arrays {output_path}")
         if first:
             try:
@@ -70,21 +84,16 @@ def execute_growth(
     return report
 
 
-def _write(
-    folder: Path, stored: Mapping[str, StoredArray], leaves: Mapping[str, Leaf], journal: Journal
-) -> StreamReport:
-    index, count = jax.process_index(), jax.process_count()
-    with Progress("grow", total=count_bytes(leaves) // count, unit="B", shown=index == 0) as progress:
-        return write_leaves(
-            folder,
-            stored,
-            leaves,
-            journal,
-            process_index=index,
-            process_count=count,
-            chunk_bytes=CHUNK_BYTES,
-            advance=progress.advance,
-        )
+def count_stored_bytes(folder: Path) -> int:
+    """The size of all arrays of a checkpoint."""
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in open_arrays(folder).values())
+
+
+def _find_process() -> tuple[int, int]:
+    """Index and number of processes; devices, whose threads take memory, are not started to know them."""
+    if jax.distributed.is_initialized():
+        return jax.process_index(), jax.process_count()
+    return 0, 1
 
 
 def measure_source(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> dict[str, LeafStatistics]:
@@ -92,8 +101,8 @@ def measure_source(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> di
     gatherings = {}
     for array_name in stored:
         group, _, name = array_name.partition(".")
-        if group in GROUPS:
-            gathering = begin_statistics(group, growth.specs[name], growth.plan)
+        if name in growth.parts.get(group, ({}, 0))[0]:
+            gathering = begin_statistics(group, growth.parts[group][0][name], growth.plan)
             if gathering is not None:
                 gatherings[array_name] = gathering
     return gather_statistics(stored, gatherings)
@@ -115,9 +124,12 @@ def plan_leaves(
     leaves: dict[str, Leaf] = {}
     for array_name, array in stored.items():
         group, _, name = array_name.partition(".")
-        if group in GROUPS:
-            spec = growth.specs[name]
-            leaves[array_name] = plan_leaf(group, name, spec, growth.plan, statistics.get(array_name), array.dtype)
+        specs, power = growth.parts.get(group, ({}, 0))
+        if name in specs:
+            known = statistics.get(array_name)
+            leaves[array_name] = plan_leaf(group, name, specs[name], growth.plan, known, array.dtype, power=power)
+        elif group == "second_moment" and name in growth.refactored:
+            leaves |= _grow_factors(name, array.read(), growth)
         elif array_name in ("step", "rows"):
             leaves[array_name] = KnownArray(array.read())
         elif group != "multipliers":
@@ -126,6 +138,15 @@ def plan_leaves(
                 "wrote it"
             )
     return leaves | _grow_records(stored, growth)
+
+
+def _grow_factors(name: str, second_moment: np.ndarray, growth: ModelGrowth) -> dict[str, Leaf]:
+    """The factors that a second moment becomes which is kept whole only because it is small."""
+    factors = zip(("row_moment", "column_moment"), factor_second_moment(second_moment, growth.specs[name]))
+    return {
+        f"{group}.{name}": KnownArray(grow_arrays(group, {name: factor}, growth.parts[group][0], growth.plan)[name])
+        for group, factor in factors
+    }
 
 
 def _grow_records(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> dict[str, Leaf]:

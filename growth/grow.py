@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from growth.leaves import GROUPS, grow_arrays
+from growth.execution import count_stored_bytes, execute_growth
+from growth.leaves import grow_arrays
 from growth.moments import grow_records
 from growth.plan import Choices
 from growth.t5 import ModelGrowth, plan_growth
@@ -20,14 +21,13 @@ from t5pegasus.checkpoint import (
     find_checkpoint,
     load_arrays,
     load_checkpoint_info,
-    save_checkpoint,
     verify_checkpoint,
 )
 from t5pegasus.config import ModelConfig, read_json, write_json
 from t5pegasus.data.loader import PackedRows, load_epoch
 from t5pegasus.errors import ArtifactError, UsageError
-from t5pegasus.progress import Progress
-from t5pegasus.train.state import TrainState, arrays_to_state, state_to_arrays
+from t5pegasus.manifest import MANIFEST
+from t5pegasus.train.state import TrainState
 
 RECEIPT = "receipt.json"
 _HELDOUT_BATCH_SIZE = 8
@@ -46,7 +46,10 @@ def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
         operators and random numbers of the parameters) of the target's sizes; step and data position as they were.
     """
     plan = growth.plan
-    grown = {group: grow_arrays(group, getattr(state, group), growth.specs, plan) for group in GROUPS}
+    grown = {}
+    for group, arrays in growth.split_state(state._asdict()).items():
+        specs, power = growth.parts[group]
+        grown[group] = grow_arrays(group, arrays, specs, plan, power=power)
     records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
     return state._replace(**grown, multipliers=grow_records(records, plan.maps, int(state.step)))
 
@@ -69,10 +72,12 @@ def grow_checkpoint(
     choices: Choices | Mapping[str, Any] | None = None,
     examples_path: Path | None = None,
 ) -> GrownCheckpoint:
-    """Grow a checkpoint into one of the same form, and prove it: plan, grow, measure, save.
+    """Grow a checkpoint into one of the same form, and prove it: plan, grow, measure, give it its name.
 
-    Killed at any point it leaves nothing that counts as a checkpoint, and the same call again gives the same
-    arrays; finished, the same call again only says so.
+    The arrays are read and written block by block, so that memory is a few chunks, whatever their size; only the
+    receipt holds the parameters of both models. Every process of a multi-process run calls this and writes its share.
+    Killed at any point it leaves nothing that counts as a checkpoint, and the same call again goes on from there and
+    ends with the same bytes; finished, the same call again only says so.
 
     Args:
         checkpoint_path: a checkpoint folder, or a run, whose last good checkpoint is meant.
@@ -87,40 +92,36 @@ def grow_checkpoint(
         ArtifactError: if the checkpoint is damaged, the output path holds something else, or the logits of
             the grown model differ by more than rounding (see `check_receipt`).
     """
-    checkpoint_path = find_checkpoint(checkpoint_path)
+    checkpoint_path, fingerprint = _find_source(checkpoint_path)
     info = load_checkpoint_info(checkpoint_path)
     growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
-    entry = {
-        "plan": growth.to_json(),
-        "plan_hash": growth.hash,
-        "source_fingerprint": verify_checkpoint(checkpoint_path)["fingerprint"],
-        "step": info.step,
-    }
+    identity = {"plan_hash": growth.hash, "source_fingerprint": fingerprint}
+    entry = {"plan": growth.to_json(), **identity, "step": info.step}
     if output_path.exists():
         return GrownCheckpoint(output_path, growth, _read_finished(output_path, entry), already_there=True)
     batches, evidence = _load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
-    with Progress("grow", total=4, unit="stages") as progress:
-        source = arrays_to_state(load_arrays(checkpoint_path))
-        progress.advance()
-        grown = grow_state(source, growth)
-        arrays = state_to_arrays(grown)
-        progress.advance()
-        size = sum(array.nbytes for array in arrays.values())
-        receipt = measure_growth(growth, source.parameters, grown.parameters, batches, evidence, size)
+
+    def check(folder: Path) -> None:
+        parameters = (_load_parameters(checkpoint_path), _load_parameters(folder))
+        receipt = measure_growth(growth, *parameters, batches, evidence, count_stored_bytes(folder))
         check_receipt(receipt)
-        progress.advance()
-        grown_info = dataclasses.replace(
-            info, config=dataclasses.replace(info.config, model=growth.target), lineage=(*info.lineage, entry)
-        )
-        save_checkpoint(
-            output_path,
-            arrays,
-            grown_info,
-            checkpoint_path / "tokenizer",
-            lambda folder: write_json(folder / RECEIPT, receipt.to_json()),
-        )
-        progress.advance()
-    return GrownCheckpoint(output_path, growth, receipt, already_there=False)
+        write_json(folder / RECEIPT, receipt.to_json())
+
+    grown_info = dataclasses.replace(
+        info, config=dataclasses.replace(info.config, model=growth.target), lineage=(*info.lineage, entry)
+    )
+    execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check)
+    return GrownCheckpoint(output_path, growth, _read_receipt(output_path), already_there=False)
+
+
+def _find_source(path: Path) -> tuple[Path, str]:
+    """The checkpoint that is meant, verified, and its fingerprint."""
+    found = find_checkpoint(path)
+    return found, read_json(found / MANIFEST)["fingerprint"]
+
+
+def _load_parameters(folder: Path) -> dict[str, Any]:
+    return {name.removeprefix("parameters."): array for name, array in load_arrays(folder, ("parameters.",)).items()}
 
 
 def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
@@ -137,7 +138,11 @@ def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
                 f"{output_path} is there already, grown by another {what}: {found[key][:12]}…, "
                 f"this is {entry[key][:12]}…; delete it, or choose another --output-path"
             )
-    fields = read_json(output_path / RECEIPT)
+    return _read_receipt(output_path)
+
+
+def _read_receipt(folder: Path) -> Receipt:
+    fields = read_json(folder / RECEIPT)
     del fields["schema"]
     return Receipt(**fields)
 

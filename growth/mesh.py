@@ -15,14 +15,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from growth.blocks import Constants, LeafGrowth, View, compute_block
-from growth.leaves import GROUPS, begin_statistics, plan_leaf
+from growth.leaves import begin_statistics, plan_leaf
 from growth.moments import grow_records
 from growth.statistics import Gathering, LeafStatistics
 from growth.t5 import ModelGrowth
-from t5pegasus.axes import AxisMultiplier
+from t5pegasus.axes import AxisMultiplier, ParamSpec
 from t5pegasus.model.t5 import declare_parameters
-from t5pegasus.sharding import param_shardings
-from t5pegasus.train.state import TrainState
+from t5pegasus.train.state import TrainState, state_shardings
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +33,26 @@ def grow_on_mesh(state: TrainState, growth: ModelGrowth, mesh: Mesh) -> TrainSta
     random entries, the means that created ones begin as), whose order of addition is the mesh's.
 
     Args:
-        state: of the source model, laid out by `t5pegasus.sharding.param_shardings`.
+        state: of the source model, laid out by `t5pegasus.train.state.state_shardings`.
         growth: where to.
         mesh: the mesh it lies on.
 
     Raises:
         UsageError: if the mesh does not divide a size of the grown model.
     """
-    shardings = param_shardings(declare_parameters(growth.target), mesh)
+    shardings = state_shardings(declare_parameters(growth.target), mesh, growth.optimizer, with_ema=bool(state.ema))
     grown: dict[str, dict[str, jax.Array]] = {}
     moving: set[str] = set()
-    for group in GROUPS:
+    for group, arrays in growth.split_state(state._asdict()).items():
         grown[group] = {}
-        for name, array in getattr(state, group).items():
-            leaf = plan_leaf(
-                group, name, growth.specs[name], growth.plan, _measure(group, name, array, growth, mesh), array.dtype
-            )
-            if not is_local(leaf, shardings[name]):
+        specs, power = growth.parts[group]
+        for name, array in arrays.items():
+            statistics = _measure(group, specs[name], array, growth, mesh)
+            leaf = plan_leaf(group, name, specs[name], growth.plan, statistics, array.dtype, power=power)
+            sharding = getattr(shardings, group)[name]
+            if not is_local(leaf, sharding):
                 moving.add(name)
-            grown[group][name] = grow_array(array, leaf, shardings[name])
+            grown[group][name] = grow_array(array, leaf, sharding)
             array.delete()  # so that no more than one array lies there twice
     if moving:
         logger.warning(
@@ -140,12 +140,12 @@ def _mesh_axes(leaf: LeafGrowth, sharding: NamedSharding) -> tuple[str | None, .
 def _narrow(vector: Any) -> Any:
     """Host vectors in the width that JAX works in."""
     array = np.asarray(vector)
-    return array if array.dtype == np.uint32 else array.astype(jnp.result_type(array.dtype))
+    return array if array.dtype == np.uint32 else array.astype(jax.dtypes.canonicalize_dtype(array.dtype))
 
 
-def _measure(group: str, name: str, array: jax.Array, growth: ModelGrowth, mesh: Mesh) -> LeafStatistics | None:
+def _measure(group: str, spec: ParamSpec, array: jax.Array, growth: ModelGrowth, mesh: Mesh) -> LeafStatistics | None:
     """What growing an array takes beside its entries, summed across devices."""
-    gathering = begin_statistics(group, growth.specs[name], growth.plan)
+    gathering = begin_statistics(group, spec, growth.plan)
     if gathering is None:
         return None
     everywhere = NamedSharding(mesh, PartitionSpec())

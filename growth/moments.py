@@ -6,7 +6,7 @@ import numpy as np
 
 from growth.expand import Array
 from growth.index_map import IndexMap
-from t5pegasus.axes import AxisMultiplier
+from t5pegasus.axes import AxisMultiplier, ParamSpec, factored_axes, logical_axis
 
 
 def grow_record(record: AxisMultiplier, entry: IndexMap, step: int) -> AxisMultiplier:
@@ -37,3 +37,23 @@ def grow_record(record: AxisMultiplier, entry: IndexMap, step: int) -> AxisMulti
 def grow_records(records: Mapping[str, AxisMultiplier], maps: Mapping[str, IndexMap], step: int) -> dict:
     """`grow_record` for every axis that grows; the others stay as they are."""
     return {axis: grow_record(each, maps[axis], step) if axis in maps else each for axis, each in records.items()}
+
+
+def split_factors(spec: ParamSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes of the row means and of the column means of a parameter's second moment, layers being in both."""
+    factored = factored_axes(spec, 1)
+    assert factored is not None
+    layers = tuple(axis for axis in spec.axes if logical_axis(axis) == "layers")
+    rows, columns = factored
+    return layers + rows, layers + columns
+
+
+def factor_second_moment(second_moment: Array, spec: ParamSpec) -> tuple[Array, Array]:
+    """(row means, column means) of a second moment that was kept whole: exact only where it has rank one."""
+    np_or_jnp = second_moment.__array_namespace__()
+    means = (
+        np_or_jnp.mean(second_moment, axis=tuple(place for place, axis in enumerate(spec.axes) if axis not in part))
+        for part in split_factors(spec)
+    )
+    rows, columns = means
+    return rows, columns

@@ -65,7 +65,7 @@ def grow_parameter(
         if axis not in maps:
             continue
         kind, created = kinds[logical_axis(axis)], maps[axis].created
-        what = _treatment(axis, kind, spec, noise, kinds)
+        what = _treatment(axis, kind, spec, maps, noise, kinds)
         if what != "copy" and created.any():
             masks.setdefault(axis, {})[what] = created
         if noise and axis in spec.contracted and maps[axis].copied.any():
@@ -79,7 +79,7 @@ def grow_moment(
     name: str, spec: ParamSpec, maps: Maps, statistics: LeafStatistics | None, *, power: int, state: str,
     dtype: Any, kinds: Mapping[str, str] = KINDS,
 ) -> LeafGrowth:  # fmt: skip
-    """How a first (`power` 1) or second (2) moment of one parameter grows: m' = r·m, v' = r²·v.
+    """How a first or a second moment of one parameter grows: m' = r·m, v' = r²·v, and means of v like v.
 
     Created entries have m = 0 and the mean v of those beside them, since an empty v late in training would make the
     first update (1−β₁)/√(1−β₂) times the usual one. New layers have the v of the layer that they copy.
@@ -89,7 +89,7 @@ def grow_moment(
         spec: its declaration.
         maps: the axes that grow.
         statistics: of the moment; None where none are needed.
-        power: of r.
+        power: of r: 2 in a second moment; in a first one 1, or 0 where it is a mean of updates, not of gradients.
         state: `mapped`; `asymmetric`, where copies begin with m = 0, so that they part from the first one; or
             `reset`, all zero.
         dtype: of the moment.
@@ -101,11 +101,11 @@ def grow_moment(
             continue
         scales[axis] = dual_multipliers(axis, spec, maps[axis])[1] ** power
         kind, created = kinds[logical_axis(axis)], maps[axis].created
-        fresh = created | maps[axis].copied if power == 1 and state == "asymmetric" and kind != "table" else created
-        if power == 1 and fresh.any():
+        fresh = created | maps[axis].copied if power < 2 and state == "asymmetric" and kind != "table" else created
+        if power < 2 and fresh.any():
             masks[axis] = {"zero": fresh}
-        elif created.any() and kind != "layers":
-            masks[axis] = {"rows" if kind == "rows" else "seeded": created}
+        elif created.any() and kind != "layers" and state != "reset":
+            masks[axis] = {"rows" if maps[axis].mixtures else "seeded": created}
     grown = _assemble(name, spec, maps, scales, masks, {}, statistics, seed=0, noise=0.0, dtype=dtype, kinds=kinds)
     if state != "reset":
         return grown
@@ -123,11 +123,11 @@ def needs_statistics(spec: ParamSpec, maps: Maps, *, noise: float, kinds: Mappin
     return False
 
 
-def _treatment(axis: str, kind: str, spec: ParamSpec, noise: float, kinds: Mapping[str, str]) -> str:
+def _treatment(axis: str, kind: str, spec: ParamSpec, maps: Maps, noise: float, kinds: Mapping[str, str]) -> str:
     """What becomes of created entries along one axis of a parameter."""
     match kind:
         case "rows":
-            return "rows"
+            return "rows" if maps[axis].mixtures else "copy"
         case "layers":
             return "zero" if writes_stream(spec, kinds) else "copy"
         case "table":
@@ -140,7 +140,7 @@ def _treatment(axis: str, kind: str, spec: ParamSpec, noise: float, kinds: Mappi
 
 def writes_stream(spec: ParamSpec, kinds: Mapping[str, str] = KINDS) -> bool:
     """Whether what the parameter gives is added to the residual stream."""
-    stream = [axis for axis in spec.axes if kinds[logical_axis(axis)] == "stream"]
+    stream = [axis for axis in spec.axes if kinds.get(logical_axis(axis)) == "stream"]
     return not spec.gain and any(axis not in spec.contracted for axis in stream)
 
 
@@ -150,7 +150,7 @@ def _assemble(
     dtype: Any, kinds: Mapping[str, str],
 ) -> LeafGrowth:  # fmt: skip
     """Put vectors per axis into views per dimension; what is the same all along an axis goes into one factor."""
-    layers = next((place for place, axis in enumerate(spec.axes) if kinds[logical_axis(axis)] == "layers"), None)
+    layers = next((place for place, axis in enumerate(spec.axes) if kinds.get(logical_axis(axis)) == "layers"), None)
     seeded = any("seeded" in each for each in masks.values())
     random = bool(contrasts) or any("drawn" in each for each in masks.values())
     factor, views = 1.0, []
@@ -224,15 +224,14 @@ def _seeds(
     Where one dimension of a matrix was extended, the product is the mean along it; where both were, of all.
     """
     assert statistics is not None
-    others = len(spec.shape) - (1 if layers is None else 2)
-    mean = statistics.mean
-    norm = np.power(mean, -float(others), out=np.zeros(mean.shape), where=mean != 0) if others else np.ones(mean.shape)
-    marginal = statistics.marginals[place]
+    mean, marginal = statistics.mean, statistics.marginals[place]
     if marginal is None:
-        return norm if entry is None else norm[entry.sources]
-    if layers is None:
-        marginal = marginal * norm if place == 0 else marginal
-    elif spec.axes[layers] in maps:
+        return np.ones(len(mean) if entry is None else entry.size)
+    first = 1 if layers == 0 else 0
+    if place != first:  # of the order of 1, so that no product leaves the range of float32
+        mean = mean[..., None]
+        marginal = np.divide(marginal, mean, out=np.zeros(marginal.shape), where=mean != 0)
+    if layers is not None and spec.axes[layers] in maps:
         marginal = marginal[maps[spec.axes[layers]].sources]
     if entry is None:
         return marginal

@@ -1,16 +1,20 @@
 """Growth of this project's models: their config in terms of axes, and what else of a run a plan decides."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
+from growth.leaves import WEIGHTS
 from growth.lint import OptimizerFacts, check_plan
+from growth.moments import factor_second_moment, split_factors
 from growth.plan import Choices, GrowthPlan, plan_axes
-from t5pegasus.axes import ParamSpec
+from t5pegasus.axes import MomentSpec, ParamSpec
 from t5pegasus.config import ModelConfig, OptimizerConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.model.attention import refined_bucket_sources
 from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.train.optimizer.moments import declare_moments
 
 GROWING_FIELDS = (
     "d_model",
@@ -33,6 +37,8 @@ class ModelGrowth:
     source: ModelConfig
     target: ModelConfig
     plan: GrowthPlan
+    optimizer: OptimizerConfig
+    """Of the state that grows, which decides what moments there are."""
     remarks: tuple[str, ...] = ()
     """What is allowed, but seldom wise."""
 
@@ -40,6 +46,43 @@ class ModelGrowth:
     def specs(self) -> Mapping[str, ParamSpec]:
         """Declarations of the source's parameters."""
         return declare_parameters(self.source)
+
+    @functools.cached_property
+    def parts(self) -> dict[str, tuple[Mapping[str, ParamSpec], int]]:
+        """The parts of the state: declarations of their arrays, and the power of the gradients' multipliers in them.
+
+        Second moments that are factored after growth, but not before, stand there as the factors they become.
+        """
+        parts: dict[str, tuple[Mapping[str, ParamSpec], int]] = dict.fromkeys(WEIGHTS, (self.specs, 0))
+        for group, moments in self._declare_moments().items():
+            power = next((moment.power for moment in moments.values()), 2)
+            parts[group] = {name: moment.spec for name, moment in moments.items()}, power
+        return parts
+
+    @functools.cached_property
+    def refactored(self) -> tuple[str, ...]:
+        """Parameters whose second moment is kept whole before growth and factored after it."""
+        grown = declare_moments(self.optimizer, declare_parameters(self.target))
+        stored = declare_moments(self.optimizer, self.specs)
+        return tuple(sorted(grown["row_moment"].keys() - stored["row_moment"].keys()))
+
+    def split_state(self, state: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+        """The source's arrays by part and name, with second moments factored where they are in the grown state."""
+        arrays: dict[str, Any] = {group: dict(state[group]) for group in self.parts}
+        for name in self.refactored:
+            if name in arrays["second_moment"]:
+                factors = factor_second_moment(arrays["second_moment"].pop(name), self.specs[name])
+                arrays["row_moment"][name], arrays["column_moment"][name] = factors
+        return arrays
+
+    def _declare_moments(self) -> dict[str, dict[str, MomentSpec]]:
+        moments = declare_moments(self.optimizer, self.specs)
+        for name in self.refactored:
+            del moments["second_moment"][name]
+            spec = self.specs[name]
+            for group, part in zip(("row_moment", "column_moment"), split_factors(spec)):
+                moments[group][name] = MomentSpec(spec.restrict(part), 2)
+        return moments
 
     def to_json(self) -> dict[str, Any]:
         """What the lineage of a grown checkpoint holds."""
@@ -82,7 +125,7 @@ def plan_growth(
     plan = plan_axes(sources, targets, _complete(choices, source, target), step=step)
     target = dataclasses.replace(target, layer_norm_epsilon=source.layer_norm_epsilon * plan.epsilon_factor)
     remarks = check_plan(plan, specs, None if optimizer is None else _facts(optimizer, specs, grown_specs))
-    return ModelGrowth(source, target, plan, tuple(remarks))
+    return ModelGrowth(source, target, plan, optimizer or OptimizerConfig(), tuple(remarks))
 
 
 def _axis_sizes(specs: Mapping[str, ParamSpec]) -> dict[str, int]:
@@ -120,7 +163,8 @@ def _complete(choices: Choices, source: ModelConfig, target: ModelConfig) -> Cho
 def _facts(
     optimizer: OptimizerConfig, specs: Mapping[str, ParamSpec], grown_specs: Mapping[str, ParamSpec]
 ) -> OptimizerFacts:
-    return OptimizerFacts(optimizer.name, optimizer.momentum, optimizer.beta2)
+    stored, grown = (declare_moments(optimizer, each)["row_moment"].keys() for each in (specs, grown_specs))
+    return OptimizerFacts(optimizer.name, optimizer.momentum, optimizer.beta2, tuple(sorted(grown ^ stored)))
 
 
 def _check_fields(source: ModelConfig, target: ModelConfig) -> None:
