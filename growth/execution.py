@@ -155,7 +155,7 @@ def _grow_records(stored: Mapping[str, StoredArray], growth: ModelGrowth) -> dic
         axis: AxisMultiplier(*(stored[f"multipliers.{axis}.{field}"].read() for field in AxisMultiplier._fields))
         for axis in sorted({name.rpartition(".")[0] for name in names})
     }
-    grown = grow_records(records, growth.plan.maps, growth.plan.step)
+    grown = grow_records(records, growth.plan.maps, growth.plan.born)
     return {
         f"multipliers.{axis}.{field}": KnownArray(np.asarray(array))
         for axis, record in grown.items()

@@ -51,7 +51,7 @@ def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
         specs, power = growth.parts[group]
         grown[group] = grow_arrays(group, arrays, specs, plan, power=power)
     records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
-    return state._replace(**grown, multipliers=grow_records(records, plan.maps, int(state.step)))
+    return state._replace(**grown, multipliers=grow_records(records, plan.maps, plan.born))
 
 
 class GrownCheckpoint(NamedTuple):

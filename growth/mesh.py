@@ -63,7 +63,7 @@ def grow_on_mesh(state: TrainState, growth: ModelGrowth, mesh: Mesh) -> TrainSta
         )  # fmt: skip
     everywhere = NamedSharding(mesh, PartitionSpec())
     records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
-    multipliers = jax.device_put(grow_records(records, growth.plan.maps, int(state.step)), everywhere)
+    multipliers = jax.device_put(grow_records(records, growth.plan.maps, growth.plan.born), everywhere)
     return state._replace(**grown, multipliers=multipliers)
 
 

@@ -9,11 +9,16 @@ from growth.index_map import IndexMap
 from t5pegasus.axes import AxisMultiplier, ParamSpec, factored_axes, logical_axis
 
 
-def grow_record(record: AxisMultiplier, entry: IndexMap, step: int) -> AxisMultiplier:
+def grow_record(record: AxisMultiplier, entry: IndexMap, born: int | None) -> AxisMultiplier:
     """The record of one axis after this growth on top of all before it.
 
-    Multipliers multiply. Entries that growth creates begin with ones, as a first model's do; these and copies are
-    remembered as born at `step`.
+    Multipliers multiply. Entries that growth creates begin with ones, as a first model's do.
+
+    Args:
+        record: of the source.
+        entry: the map of the axis.
+        born: the update at which created entries and copies are to have been born, and to warm up from; None: they
+            count as being as old as what they copy or stand beside.
     """
     np_or_jnp = record.written.__array_namespace__()
     sources = entry.sources
@@ -22,21 +27,19 @@ def grow_record(record: AxisMultiplier, entry: IndexMap, step: int) -> AxisMulti
         taken = np_or_jnp.take(values, sources, mode="clip")
         return np_or_jnp.where(entry.created, 1.0, taken * factor).astype(values.dtype)
 
-    inherited = np_or_jnp.take(record.inherited, sources, mode="clip")
+    inherited, age = (np_or_jnp.take(each, sources, mode="clip") for each in (record.inherited, record.born))
     return AxisMultiplier(
         written=follow(record.written, entry.written),
         read=follow(record.read, entry.read),
         ratio=follow(record.ratio, entry.ratio),
         inherited=np_or_jnp.where(entry.created, 0.0, inherited).astype(record.inherited.dtype),
-        born=np_or_jnp.where(
-            entry.created | entry.copied, step, np_or_jnp.take(record.born, sources, mode="clip")
-        ).astype(record.born.dtype),
+        born=np_or_jnp.where(entry.created | entry.copied, age if born is None else born, age).astype(age.dtype),
     )
 
 
-def grow_records(records: Mapping[str, AxisMultiplier], maps: Mapping[str, IndexMap], step: int) -> dict:
+def grow_records(records: Mapping[str, AxisMultiplier], maps: Mapping[str, IndexMap], born: int | None) -> dict:
     """`grow_record` for every axis that grows; the others stay as they are."""
-    return {axis: grow_record(each, maps[axis], step) if axis in maps else each for axis, each in records.items()}
+    return {axis: grow_record(each, maps[axis], born) if axis in maps else each for axis, each in records.items()}
 
 
 def split_factors(spec: ParamSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -28,7 +28,7 @@ class GrowthPlan:
     axes: tuple[AxisGrowth, ...]
     choices: Choices
     step: int = 0
-    """Updates that the source has made: what growth adds is remembered as born then."""
+    """Updates that the source has made."""
 
     @functools.cached_property
     def maps(self) -> dict[str, IndexMap]:
@@ -40,6 +40,11 @@ class GrowthPlan:
         """The weakest promise of its axes."""
         order = list(PROMISES)
         return max((each.promise for each in self.axes), key=order.index)
+
+    @property
+    def born(self) -> int | None:
+        """The update at which what growth adds is to have been born; None unless it is to warm up."""
+        return self.step if self.choices.learning_rate.policy == "rewarm" else None
 
     @property
     def epsilon_factor(self) -> float:
@@ -71,7 +76,7 @@ class GrowthPlan:
         Both are exact wherever they are; random entries are other ones, being drawn once instead of twice.
 
         Raises:
-            UsageError: if the later one does not begin where this one ends.
+            UsageError: if the later one does not begin where this one ends, or changes rows that this one creates.
         """
         mine = {each.axis: each for each in self.axes}
         axes = []
@@ -87,6 +92,10 @@ class GrowthPlan:
                     f"{second.source}; give the second plan the first one's target"
                 )
             joined = JoinedGrowth(axis, first.kind, first.source, second.target, {"operator": "joined"}, first, second)
+            try:
+                joined.map  # noqa: B018 - made now, so that it is refused now
+            except ValueError as error:
+                raise UsageError(f"plans cannot be joined: axis {axis}: {error}") from error
             axes.append(joined)
         return GrowthPlan(tuple(axes), later.choices, self.step)
 
@@ -121,7 +130,7 @@ def plan_axes(
             if fnmatchcase(axis, pattern):
                 used.add(pattern)
                 operator = each
-        if target == source and (operator is None or operator["operator"] != "open"):
+        if target == source and (operator is None or operator.get("operator") != "open"):
             continue
         kind = kinds.get(logical_axis(axis))
         if kind not in OPTIONS:

@@ -10,7 +10,7 @@ from growth.lint import OptimizerFacts, check_plan
 from growth.moments import factor_second_moment, split_factors
 from growth.plan import Choices, GrowthPlan, plan_axes
 from t5pegasus.axes import MomentSpec, ParamSpec
-from t5pegasus.config import ModelConfig, OptimizerConfig
+from t5pegasus.config import ModelConfig, OptimizerConfig, RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.model.attention import refined_bucket_sources
 from t5pegasus.model.t5 import declare_parameters
@@ -83,6 +83,20 @@ class ModelGrowth:
             for group, part in zip(("row_moment", "column_moment"), split_factors(spec)):
                 moments[group][name] = MomentSpec(spec.restrict(part), 2)
         return moments
+
+    def change_config(self, config: RunConfig, step: int) -> RunConfig:
+        """The config of a run behind this growth: its model, and what the policy says of the learning rate.
+
+        Args:
+            config: of the run before.
+            step: updates that it has made.
+        """
+        optimizer, rate = config.optimizer, self.plan.choices.learning_rate
+        if rate.policy == "rewarm":
+            optimizer = dataclasses.replace(optimizer, rewarm_steps=rate.steps, rewarm_peak=rate.peak)
+        elif rate.policy == "remap" and rate.to_step is not None:
+            optimizer = dataclasses.replace(optimizer, schedule_shift=rate.to_step - step)
+        return dataclasses.replace(config, model=self.target, optimizer=optimizer)
 
     def to_json(self) -> dict[str, Any]:
         """What the lineage of a grown checkpoint holds."""

@@ -62,10 +62,6 @@ def _plan_event(
     target = choose_target(source, stage.to, dict.fromkeys(FIELDS))
     growth = plan_growth(source, target, stage.plan, optimizer=optimizer)
 
-    def change_config(config: RunConfig, step: int) -> RunConfig:
-        optimizer = optimizer_after(growth, config.optimizer, step)
-        return dataclasses.replace(config, model=growth.target, optimizer=optimizer)
-
     event = Event(
         name=name,
         kind="growth",
@@ -74,7 +70,7 @@ def _plan_event(
         facts={"promise": growth.plan.promise, "source": source.to_json(), "target": growth.target.to_json()},
         asked=stage.to_json(),
         is_due=lambda step, history: stage.when.is_due(step, this_phase(history)),
-        change_config=change_config,
+        change_config=growth.change_config,
         change_state=functools.partial(_grow, growth),
         check=functools.partial(check_losses, name, growth.plan.promise),
         at_step=stage.when.step if isinstance(stage.when, AtStep) else None,
@@ -120,16 +116,6 @@ def relative_rounding(compute_dtype: str) -> float:
 
     short = compute_dtype == "bfloat16" or jax.default_backend() != "cpu"
     return 2.0**-8 if short else 256 * float(np.finfo(np.float32).eps)
-
-
-def optimizer_after(growth: "ModelGrowth", optimizer: OptimizerConfig, step: int) -> OptimizerConfig:
-    """The optimizer's config behind a growth: what its policy of the learning rate says."""
-    rate = growth.plan.choices.learning_rate
-    if rate.policy == "rewarm":
-        return dataclasses.replace(optimizer, rewarm_steps=rate.steps, rewarm_peak=rate.peak)
-    if rate.policy == "remap" and rate.to_step is not None:
-        return dataclasses.replace(optimizer, schedule_shift=rate.to_step - step)
-    return optimizer
 
 
 def _grow(growth: "ModelGrowth", state: "TrainState", mesh: "Mesh") -> "TrainState":
