@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from growth.choices import Operator, refuse_unknown
+from growth.choices import Choices, Operator, refuse_unknown
+from growth.explicit_map import read_explicit_map
 from growth.index_map import (
     IndexMap,
     add_rows,
@@ -75,7 +76,7 @@ class AxisGrowth:
         exact |= self.kind == "stream" and ratio == int(ratio) and _is_power_of_four(int(ratio))
         return "B" if name == "pad" and self.operator.get("layout") == "tail" and exact else "R"
 
-    def breaker(self, noise: float, state: str) -> str:
+    def breaker(self, choices: Choices) -> str:
         """What sets the new capacity in motion, so that it does not stay a copy, or zero, for ever."""
         name = self.operator["operator"]
         if name == "insert":
@@ -84,9 +85,13 @@ class AxisGrowth:
             return "data"
         if self.map.created.any() and not self.map.copied.any():
             what = "rows of what reads it" if self.kind == "stream" else "columns of what writes it"
-            return f"random {what}" if noise else "none"
-        parts = ["noise that cancels in what reads it"] * (noise > 0) + ["copies' empty m"] * (state == "asymmetric")
-        return ", ".join(parts) or "none"
+            return f"random {what}" if choices.noise else "none"
+        parts = {
+            "noise that cancels in what reads it": choices.noise > 0,
+            "copies' empty m": choices.state == "asymmetric",
+            "copies' own learning rate": choices.learning_rate.policy == "rewarm",
+        }
+        return ", ".join(part for part, is_one in parts.items() if is_one) or "none"
 
     def describe(self) -> str:
         """The operator and its options in words."""
@@ -143,16 +148,18 @@ def settle_operator(axis: str, kind: str, operator: Operator | None) -> Operator
             raise UsageError(f"axis {axis} grows only by a plan that says how: {', '.join(OPTIONS[kind])}")
         return defaults[kind]
     name = operator.get("operator")
-    if name in _REFUSED:
+    if isinstance(name, str) and name in _REFUSED:
         raise UsageError(f"plan: axis {axis}: operator {name!r} is refused: {_REFUSED[name]}")
-    if name not in OPTIONS[kind]:
+    if not isinstance(name, str) or name not in OPTIONS[kind]:
         raise UsageError(
             f"plan: axis {axis} ({kind}): operator {name!r} does not fit; choose {' or '.join(OPTIONS[kind])}"
         )
     refuse_unknown(operator, ("operator", *OPTIONS[kind][name]), f"plan: axis {axis}: operator {name}")
     share = operator.get("first_share")
-    if share is not None and not 0 < share < 1:
-        raise UsageError(f"plan: axis {axis}: first_share={share} must lie between 0 and 1, or be left out")
+    if share is not None and not (isinstance(share, int | float) and 0 < share < 1):
+        raise UsageError(f"plan: axis {axis}: first_share={share!r} must be a number between 0 and 1, or be left out")
+    if not isinstance(operator.get("scale_gains", False), bool):
+        raise UsageError(f"plan: axis {axis}: scale_gains={operator['scale_gains']!r} must be true or false")
     if operator.get("layout", "spread") not in ("spread", "tail"):
         raise UsageError(f"plan: axis {axis}: layout={operator['layout']!r} must be spread or tail")
     return operator
@@ -184,7 +191,7 @@ def _make_map(growth: AxisGrowth) -> IndexMap:
         case "table", "refine":
             return select_rows(source, options["sources"])
         case _, "explicit":
-            return _explicit_map(growth, options["map"])
+            return read_explicit_map(f"plan: axis {growth.axis}: map", growth.kind, source, target, options.get("map"))
         case kind, name:
             raise ValueError(f"no rule for {name!r} of {kind!r}")
 
@@ -233,7 +240,7 @@ def _read_mixtures(growth: AxisGrowth, rows: Any) -> tuple[tuple[int, ...] | Non
     if isinstance(rows, Mapping) and rows.keys() == {"copy"}:
         rows = [[rows["copy"]]] * new
     valid = isinstance(rows, list | tuple) and len(rows) == new
-    if not valid or not all(each and all(0 <= row < growth.source for row in each) for each in rows):
+    if not valid or not all(_are_rows(each, growth.source) for each in rows):
         raise UsageError(
             f"plan: axis {growth.axis}: rows must be 'mean', {{'copy': row}} or a list of {new} lists of rows below "
             f"{growth.source}, the pieces of each new one"
@@ -241,38 +248,12 @@ def _read_mixtures(growth: AxisGrowth, rows: Any) -> tuple[tuple[int, ...] | Non
     return tuple(tuple(each) for each in rows)
 
 
-def _explicit_map(growth: AxisGrowth, fields: Mapping[str, Sequence[float]]) -> IndexMap:
-    """A map given entry by entry, if it keeps the function and maps gradients in proportion."""
-    where = f"plan: axis {growth.axis}: map"
-    refuse_unknown(fields, ("sources", "written", "read"), where)
-    sources = np.asarray(fields["sources"], np.int64)
-    created = sources < 0
-    written = np.where(created, 1.0, np.asarray(fields.get("written", np.ones(len(sources))), np.float64))
-    read = np.where(created, 1.0, np.asarray(fields.get("read", np.ones(len(sources))), np.float64))
-    entry = IndexMap(
-        np.where(created, 0, sources).astype(np.int32), written, read, created, growth.source,
-        ratio=growth.target / growth.source,
-    )  # fmt: skip
-    kept = entry.sources[~created]
-    shares = np.bincount(kept, (written * read)[~created], minlength=growth.source)
-    if np.any(entry.copies == 0) or not np.allclose(shares, 1.0, rtol=1e-12):
-        raise UsageError(f"{where}: over the copies of each entry written·read must sum to 1; it sums to {shares}")
-    if growth.kind == "stream":
-        squares = np.bincount(kept, (written**2)[~created], minlength=growth.source)
-        if not np.allclose(squares, squares[0], rtol=1e-12):
-            raise UsageError(
-                f"{where}: over the copies of each coordinate written² must sum to one number, or RMS norms change; "
-                f"it sums to {squares}: scale the copies of coordinate i by √(c / number of copies)"
-            )
-        if not np.allclose(read[~created] * squares[0], written[~created], rtol=1e-12):
-            raise UsageError(
-                f"{where}: uneven shares of equal copies of the stream: the function would stay, but not gradients, "
-                f"since a norm's backward pass gives each copy written/c; give read = written/{squares[0]:g}, or "
-                "copies of unequal amplitude"
-            )
-    elif not np.allclose(written, 1.0):
-        raise UsageError(f"{where}: units go through functions that are not linear; give written = 1 everywhere")
-    return entry
+def _are_rows(rows: Any, source: int) -> bool:
+    return (
+        isinstance(rows, list | tuple)
+        and len(rows) > 0
+        and all(isinstance(row, int) and 0 <= row < source for row in rows)
+    )
 
 
 def _is_power_of_four(number: int) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -60,6 +61,13 @@ class Choices:
             refuse_unknown(policy, LearningRatePolicy.__dataclass_fields__, f"{where}: learning_rate")
             fields["learning_rate"] = LearningRatePolicy(**policy)
         if "axes" in fields:
+            if not isinstance(fields["axes"], Mapping):
+                raise UsageError(f"{where}: axes is a {type(fields['axes']).__name__}, a JSON object was wanted")
+            for pattern, each in fields["axes"].items():
+                if not isinstance(each, str | Mapping):
+                    raise UsageError(
+                        f"{where}: axes: {pattern}: {each!r} must be the name of an operator, or an object with it"
+                    )
             fields["axes"] = {
                 pattern: {"operator": each} if isinstance(each, str) else dict(each)
                 for pattern, each in fields["axes"].items()
@@ -71,18 +79,22 @@ class Choices:
         return choices
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UsageError(f"seed={self.seed} must lie in [0, 2^32)")
-        if not self.noise >= 0:
-            raise UsageError(f"noise={self.noise} must not be negative")
+        if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
+            raise UsageError(f"seed={self.seed!r} must be a whole number in [0, 2^32)")
+        if not (isinstance(self.noise, int | float) and 0 <= self.noise < math.inf):
+            raise UsageError(f"noise={self.noise!r} must be a number that is not negative")
+        if not isinstance(self.refactor, bool):
+            raise UsageError(f"refactor={self.refactor!r} must be true or false")
         for field, known in (("state", ("mapped", "asymmetric", "reset")), ("dynamics", ("free", "exact"))):
             if getattr(self, field) not in known:
                 raise UsageError(f"{field}={getattr(self, field)!r} must be one of {', '.join(known)}")
         rate = self.learning_rate
         if rate.policy not in ("keep", "rewarm", "remap"):
             raise UsageError(f"learning_rate.policy={rate.policy!r} must be keep, rewarm or remap")
-        if rate.steps < 1 or not rate.peak > 0:
-            raise UsageError(f"learning_rate.steps={rate.steps} and peak={rate.peak} must be positive")
+        if not (isinstance(rate.steps, int) and rate.steps >= 1):
+            raise UsageError(f"learning_rate.steps={rate.steps!r} must be a whole number, 1 or more")
+        if not (isinstance(rate.peak, int | float) and 0 < rate.peak < math.inf):
+            raise UsageError(f"learning_rate.peak={rate.peak!r} must be a positive number")
         if (rate.policy == "remap") != (rate.to_step is not None):
             raise UsageError("learning_rate.to_step goes with policy remap: the step at which the schedule goes on")
 

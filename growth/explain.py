@@ -62,7 +62,7 @@ def _describe(each: AxisGrowth, growth: ModelGrowth) -> tuple[str, ...]:
         f"{each.source:,} → {each.target:,}",
         each.describe(),
         each.promise,
-        each.breaker(choices.noise, choices.state),
+        each.breaker(choices),
         _state_rule(each, choices.state),
     )
 

@@ -79,19 +79,20 @@ class IndexMap:
         """The map of this growth followed by another one; rows created by either begin as theirs say.
 
         Raises:
-            ValueError: if a row is created from one that was itself created before.
+            ValueError: if both create rows of a table, other than the very same ones.
         """
         sources, created = later.sources, later.created | self.created[later.sources]
-        if self.mixtures and later.mixtures:
-            raise ValueError("rows were created twice; grow the vocabulary in one plan")
+        mixtures = self.mixtures or later.mixtures
+        if mixtures and ((self.mixtures and later.mixtures) or np.count_nonzero(created) != len(mixtures)):
+            raise ValueError("both plans begin rows; begin all of them in one plan, or grow twice")
         return IndexMap(
             sources=self.sources[sources],
-            written=np.where(later.created, 1.0, self.written[sources] * later.written),
-            read=np.where(later.created, 1.0, self.read[sources] * later.read),
+            written=np.where(created, 1.0, self.written[sources] * later.written),
+            read=np.where(created, 1.0, self.read[sources] * later.read),
             created=created,
             source_size=self.source_size,
             ratio=self.ratio * later.ratio,
-            mixtures=self.mixtures or later.mixtures,
+            mixtures=mixtures,
         )
 
 

@@ -6,8 +6,6 @@ Each rule is one of the hazards of docs/growth.md; a refused plan is told what t
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from growth.plan import GrowthPlan
 from t5pegasus.axes import ParamSpec
 from t5pegasus.errors import UsageError
@@ -45,7 +43,7 @@ def check_plan(plan: GrowthPlan, specs: Mapping[str, ParamSpec], optimizer: Opti
     if plan.choices.dynamics == "exact":
         _check_exact_dynamics(plan)
     else:
-        _check_breakers(plan)
+        _check_breakers(plan, optimizer)
     if optimizer is not None:
         _check_state(plan, optimizer)
     read = {axis for spec in specs.values() for axis in spec.contracted}
@@ -62,10 +60,13 @@ def check_plan(plan: GrowthPlan, specs: Mapping[str, ParamSpec], optimizer: Opti
     ]
 
 
-def _check_breakers(plan: GrowthPlan) -> None:
+def _check_breakers(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
+    """Whatever its shares, a copy without a breaker is locked: the record of multipliers sees to it, by design."""
     choices = plan.choices
     if choices.noise > 0:
         return
+    has_momentum = optimizer is None or optimizer.beta1 > 0
+    parts_copies = choices.learning_rate.policy == "rewarm" or (choices.state == "asymmetric" and has_momentum)
     for each in plan.axes:
         if each.kind not in ("stream", "units"):
             continue
@@ -74,12 +75,12 @@ def _check_breakers(plan: GrowthPlan) -> None:
                 f"axis {each.axis}: with noise=0 what writes its new entries and what reads them is both zero, and so "
                 "is every gradient, for ever; give noise=1, or dynamics=exact if they are to stay silent"
             )
-        shares = each.map.read[each.map.copies[each.map.sources] > 1]
-        even = np.allclose(shares, shares[:1]) if len(shares) else True
-        if each.map.copied.any() and choices.state != "asymmetric" and (even or each.kind == "stream"):
+        if each.map.copied.any() and not parts_copies:
+            ways = "noise=1, learning_rate=rewarm" + (" or state=asymmetric" if has_momentum else "")
             raise UsageError(
-                f"axis {each.axis}: with noise=0 and state={choices.state} its copies get equal updates for ever and "
-                "are no new capacity; give noise=1 or state=asymmetric, or dynamics=exact if that is what you want"
+                f"axis {each.axis}: with noise=0, state={choices.state} and "
+                f"learning_rate={choices.learning_rate.policy} its copies get equal updates for ever and are no new "
+                f"capacity; give {ways}, or dynamics=exact if that is what you want"
             )
 
 
