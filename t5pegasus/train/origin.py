@@ -198,9 +198,10 @@ def _check_optimizer(path: Path, info: CheckpointInfo, config: RunConfig) -> Non
     stored, wanted = info.config.optimizer, config.optimizer
     _check_same("optimizer.name", path, stored.name, wanted.name, way_out)
     before, now = (declare_moments(each, declare_parameters(config.model)) for each in (stored, wanted))
-    for field in ("momentum", "min_dim_size_to_factor"):
-        if before != now:
-            _check_same(f"optimizer.{field}", path, getattr(stored, field), getattr(wanted, field), way_out)
+    if before != now:
+        _check_same("optimizer.beta1", path, stored.momentum, wanted.momentum, way_out)
+        sizes = stored.min_dim_size_to_factor, wanted.min_dim_size_to_factor
+        _check_same("optimizer.min_dim_size_to_factor", path, *sizes, way_out)
     expected = {f"{kind}.{name}" for kind, group in now.items() for name in group}
     kept = {name for name in names if name.partition(".")[0] in Moments._fields}
     if expected != kept:
