@@ -142,15 +142,9 @@ def run_part(part: str, source_name: str, output_name: str) -> None:
 
 def start_part(part: str, source: Path, output: Path, address_space: int = 0) -> tuple[float, dict]:
     """Wall seconds of a part's whole process, and its report."""
-    limit = (address_space, address_space)
+    limited = ["sh", "-c", f'ulimit -v {address_space // 1024}; exec "$@"', "sh"] if address_space else []
     begin = time.monotonic()
-    done = subprocess.run(
-        command(part, source, output),
-        check=False,
-        capture_output=True,
-        text=True,
-        preexec_fn=(lambda: resource.setrlimit(resource.RLIMIT_AS, limit)) if address_space else None,
-    )
+    done = subprocess.run([*limited, *command(part, source, output)], check=False, capture_output=True, text=True)
     seconds = time.monotonic() - begin
     if done.returncode:
         raise RuntimeError(f"{part} failed:\n{done.stderr[-4000:]}")

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import growth.grow
+from growth.blocks import LeafGrowth
 from growth.grow import grow_checkpoint
-from growth.plan import plan_growth
+from growth.t5 import plan_growth
 from growth.verify import LARGEST_FLOOR_RATIO
 from launch import cli
 from launch.verbs.grow import choose_target, default_output_path
@@ -32,16 +32,11 @@ def target(checkpoint_path) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def grown(checkpoint_path, target, tmp_path_factory):
-    return grow_checkpoint(checkpoint_path, target, tmp_path_factory.mktemp("grown") / "grown", seed=3)
+    return grow_checkpoint(checkpoint_path, target, tmp_path_factory.mktemp("grown") / "grown", choices={"seed": 3})
 
 
-def lasting_bytes(folder: Path) -> dict[str, bytes]:
-    """Every file but those in which Orbax notes time and place of writing, and the manifest with their checksums."""
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and not file.name.startswith(("_", "commit_success")) and file != folder / "manifest.json"
-    }
+def all_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_a_grown_checkpoint_is_one_of_the_same_form(checkpoint_path, target, grown):
@@ -62,8 +57,8 @@ def test_a_grown_checkpoint_is_one_of_the_same_form(checkpoint_path, target, gro
 
 def test_the_lineage_names_plan_and_source(checkpoint_path, target, grown):
     (entry,) = load_checkpoint_info(grown.path).lineage
-    plan = plan_growth(load_checkpoint_info(checkpoint_path).config.model, target, 3)
-    assert entry["plan_hash"] == plan.hash == grown.plan.hash
+    plan = plan_growth(load_checkpoint_info(checkpoint_path).config.model, target, {"seed": 3}, step=30)
+    assert entry["plan_hash"] == plan.hash == grown.growth.hash
     assert entry["plan"] == json.loads(json.dumps(plan.to_json()))
     assert entry["source_fingerprint"] == verify_checkpoint(checkpoint_path)["fingerprint"]
     assert entry["step"] == 30
@@ -71,7 +66,7 @@ def test_the_lineage_names_plan_and_source(checkpoint_path, target, grown):
 
 def test_the_receipt_is_saved_and_within_rounding(grown):
     receipt = json.loads((grown.path / "receipt.json").read_text(encoding="utf-8"))
-    assert receipt["plan_hash"] == grown.plan.hash
+    assert receipt["plan_hash"] == grown.growth.hash
     assert receipt["max_logit_difference"] <= LARGEST_FLOOR_RATIO * receipt["floor_max_logit_difference"] < 1e-4
     assert receipt["num_permutations"] >= 8
     assert abs(receipt["nll_difference"]) < 1e-5
@@ -82,17 +77,17 @@ def test_the_receipt_is_saved_and_within_rounding(grown):
 def test_a_finished_growth_run_again_says_so_and_another_one_is_refused(
     checkpoint_path, converted_path, target, grown, tmp_path
 ):
-    before = lasting_bytes(grown.path)
-    again = grow_checkpoint(checkpoint_path, target, grown.path, seed=3)
+    before = all_bytes(grown.path)
+    again = grow_checkpoint(checkpoint_path, target, grown.path, choices={"seed": 3})
     assert again.already_there
     assert again.receipt == grown.receipt
-    with pytest.raises(ArtifactError, match=rf"another plan: {grown.plan.hash[:12]}"):
-        grow_checkpoint(checkpoint_path, target, grown.path, seed=4)
+    with pytest.raises(ArtifactError, match=rf"another plan: {grown.growth.hash[:12]}"):
+        grow_checkpoint(checkpoint_path, target, grown.path, choices={"seed": 4})
     with pytest.raises(ArtifactError, match="another source checkpoint"):
-        grow_checkpoint(converted_path, target, grown.path, seed=3)
+        grow_checkpoint(converted_path, target, grown.path, choices={"seed": 3})
     with pytest.raises(ArtifactError, match="no grown checkpoint"):
-        grow_checkpoint(checkpoint_path, target, tmp_path, seed=3)
-    assert lasting_bytes(grown.path) == before
+        grow_checkpoint(checkpoint_path, target, tmp_path, choices={"seed": 3})
+    assert all_bytes(grown.path) == before
 
 
 def test_a_checkpoint_without_optimizer_state_grows_too(converted_path, target, tmp_path):
@@ -115,14 +110,13 @@ def test_growth_is_compared_on_heldout_text_of_the_same_tokenizer(
 def test_a_growth_that_changes_the_function_is_refused_and_leaves_nothing(
     checkpoint_path, target, tmp_path, monkeypatch, error
 ):
-    exact = growth.grow.grow_state
+    compute = LeafGrowth.compute
 
-    def inexact(*arguments):
-        state = exact(*arguments)
-        name = "decoder.final_norm"
-        return state._replace(parameters=state.parameters | {name: state.parameters[name] * np.float32(1 + error)})
+    def inexact(leaf, block, target):
+        is_final_norm = leaf.shape == (SIZES["d_model"],)  # nothing else has one dimension of this size
+        return compute(leaf, block, target) * np.float32(1 + error * is_final_norm)
 
-    monkeypatch.setattr(growth.grow, "grow_state", inexact)
+    monkeypatch.setattr(LeafGrowth, "compute", inexact)
     with pytest.raises(ArtifactError, match=r"max \|Δlogit\| is .* permutation floor = "):
         grow_checkpoint(checkpoint_path, target, tmp_path / "grown")
     assert list(tmp_path.iterdir()) == []
@@ -142,13 +136,13 @@ def test_killed_and_run_again_it_writes_the_same_bytes(checkpoint_path, grown, t
     )
     assert result.returncode == -9, result.stderr.decode()
     assert not output_path.exists()
-    assert (tmp_path / "grown.unfinished" / "arrays").is_dir()
+    assert (tmp_path / "grown.unfinished" / "checkpoint" / "arrays").is_dir()
     assert cli.main(command) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["grown"]
-    assert lasting_bytes(output_path) == lasting_bytes(grown.path)
+    assert all_bytes(output_path) == all_bytes(grown.path)
     printed = capsys.readouterr().out
     for expected in (
-        "d_model",
+        "embed",
         "12 → 17",
         "receipt: max |Δlogit|",
         f"checkpoint: {output_path}",
