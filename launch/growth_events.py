@@ -2,10 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launch.growth_schedule import AtStep, Stage, WhenFlat, read_schedule, read_stage
+from launch.growth_schedule import NONE, AtStep, Stage, WhenFlat, read_schedule, read_stage
 from launch.verbs.grow import choose_target
 from t5pegasus.config import ModelConfig, OptimizerConfig, RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
@@ -23,15 +24,24 @@ LOSSLESS = ("B", "R")
 """Promises under which the held-out loss must stay."""
 
 
-def choose_stages(given: Sequence[str] | None, recorded: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
-    """The stages of a run: those given, or else those of the run that is continued.
+def choose_stages(given: Sequence[str] | None, run_path: Path) -> tuple[Stage, ...]:
+    """The stages of a run: those given, or else those it was last given; of these, with `none`, the ones it has made.
 
     Raises:
         UsageError: if a stage cannot be read.
     """
-    if given is not None:
+    from t5pegasus.checkpoint import list_checkpoints, load_checkpoint_info
+    from t5pegasus.train.phases import plan_hashes
+    from t5pegasus.train.run_folder import load_recorded_events
+
+    if given is not None and list(given) != [NONE]:
         return read_schedule(given)
-    return tuple(read_stage(event["asked"], f"config.json: {event['name']}") for event in recorded)
+    recorded = load_recorded_events(run_path)
+    if given is not None:
+        newest = list_checkpoints(run_path)[:1]
+        made = plan_hashes(load_checkpoint_info(newest[0]).lineage) if newest else frozenset()
+        recorded = [event for event in recorded if event["plan_hash"] in made]
+    return tuple(read_stage(event["asked"], f"{run_path / 'config.json'}: {event['name']}") for event in recorded)
 
 
 def plan_events(config: RunConfig, stages: Sequence[Stage]) -> "tuple[Event, ...]":

@@ -102,8 +102,6 @@ def read_schedule(arguments: Sequence[str]) -> tuple[Stage, ...]:
     Raises:
         UsageError: naming the stage, what is wrong with it, and how to write it.
     """
-    if list(arguments) == [NONE]:
-        return ()
     if len(arguments) == 1 and ":" not in arguments[0]:
         stages = _read_file(Path(arguments[0]))
     else:

@@ -85,7 +85,6 @@ def main(argv: list[str]) -> None:
     from t5pegasus.checkpoint import load_checkpoint_info
     from t5pegasus.data.shards import ExampleShards
     from t5pegasus.train.run import RunPaths, fit_to_examples, train_run
-    from t5pegasus.train.run_folder import load_recorded_events
 
     with ExampleShards(args.examples_path) as shards:
         manifest = shards.manifest
@@ -95,7 +94,7 @@ def main(argv: list[str]) -> None:
     if args.start_from is None:
         config = fit_to_examples(config, manifest)
     paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
-    events = plan_events(config, choose_stages(args.growth, load_recorded_events(args.run_path)))
+    events = plan_events(config, choose_stages(args.growth, args.run_path))
     checkpoint = train_run(config, paths, reset_rows=args.reset_rows, events=events)
     wider = f"d_model={load_checkpoint_info(checkpoint).config.model.d_model * 3 // 2}"
     grow = ["grow", args.run_path, "--to", wider, "--examples-path", args.examples_path]

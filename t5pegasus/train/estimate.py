@@ -44,11 +44,12 @@ class MemoryEstimate:
 
 
 def prepare_step(
-    config: RunConfig, mesh: Mesh, train_step: OnMesh, steps_done: int
+    config: RunConfig, mesh: Mesh, train_step: OnMesh, steps_done: int, last_step: int | None = None
 ) -> tuple[jax.stages.Compiled, MemoryEstimate]:
     """Compile the update before any weight is on a device, and log what the run will take.
 
-    Warns if the state, or an update, needs more memory than a device has.
+    Warns if the state, or an update, needs more memory than a device has. The time is that of the updates behind
+    `steps_done` up to `last_step`, or to the end of the run.
     """
     specs = declare_parameters(config.model)
     shown = logging.INFO if jax.process_index() == 0 else logging.DEBUG
@@ -57,7 +58,7 @@ def prepare_step(
     device = jax.local_devices()[0]
     device_bytes = _read_device_bytes(device)
     train, data = config.train, config.data
-    num_updates = train.steps - steps_done
+    num_updates = (last_step or train.steps) - steps_done
     positions = num_updates * train.batch_size * (data.max_source_tokens + data.max_target_tokens)
     trained = count_trained(learning_rate_factors(config.optimizer, specs), specs)
     total = count_parameters(config.model)

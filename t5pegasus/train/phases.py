@@ -65,6 +65,13 @@ def due_event(
     return event if event is not None and step < config.train.steps and event.is_due(step, history) else None
 
 
+def phase_end(events: Iterable[Event], lineage: Lineage, config: RunConfig, step: int) -> int:
+    """The step at which the phase ends, as far as that is known beforehand."""
+    event = next_event(events, lineage)
+    at_step = None if event is None else event.at_step
+    return at_step if at_step is not None and at_step > step else config.train.steps
+
+
 def config_after(config: RunConfig, events: Iterable[Event], lineage: Lineage) -> RunConfig:
     """The config of a run begun with `config`, after those events that the lineage knows."""
     steps = {entry["plan_hash"]: entry["step"] for entry in lineage}

@@ -31,7 +31,7 @@ from t5pegasus.train.estimate import MemoryEstimate, prepare_step
 from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import find_origin
-from t5pegasus.train.phases import Event, next_event, plan_hashes
+from t5pegasus.train.phases import Event, next_event, phase_end, plan_hashes
 from t5pegasus.train.run_folder import (
     RunPaths,
     check_resumable,
@@ -118,7 +118,8 @@ def train_run(
             logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
         if origin.resumed and record is not None:
             paths = keep_start(paths, record[1]["start_from"])
-        update, memory = prepare_step(origin.config, mesh, train_step, step)
+        last_step = phase_end(events, origin.lineage, origin.config, step)
+        update, memory = prepare_step(origin.config, mesh, train_step, step, last_step)
         settle_run_folder(config, paths, events, resumed=origin.resumed)
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, origin.rows)))
         from_step = step if origin.resumed else -1

@@ -21,7 +21,7 @@ from t5pegasus.train.estimate import abstract_state, check_state_fits, prepare_s
 from t5pegasus.train.evaluation import Evaluate
 from t5pegasus.train.loop import Hooks
 from t5pegasus.train.metrics import MetricsWriter, count_flops
-from t5pegasus.train.phases import Event, Lineage, due_event, next_event
+from t5pegasus.train.phases import Event, Lineage, due_event, next_event, phase_end
 from t5pegasus.train.state import TrainState
 from t5pegasus.train.step import make_train_step, resolve_compute_dtype
 
@@ -155,7 +155,10 @@ def train_phases(
             # No other name may hold the state, or both models stay in memory.
             state = jax.block_until_ready(event.change_state(state, run.mesh))
             phase = _judge_seam(run, event, before, state, phase, cast(Path, source), time.perf_counter() - began)
-            train_step, _ = prepare_step(phase.config, run.mesh, make_train_step(phase.config, run.mesh), step)
+            last_step = phase_end(run.events, phase.lineage, phase.config, step)
+            train_step, _ = prepare_step(
+                phase.config, run.mesh, make_train_step(phase.config, run.mesh), step, last_step
+            )
             evaluate = run.make_evaluate(phase.config)
         state, phase = _train_phase(run, state, phase, train_step, evaluate)
         step, source = int(state.step), run.checkpoints_path / str(int(state.step))

@@ -7,9 +7,11 @@ import pytest
 
 from launch.growth_events import check_losses, choose_stages, plan_events
 from launch.growth_schedule import AtStep, Stage, WhenFlat, read_schedule
-from t5pegasus.config import OptimizerConfig, RunConfig
+from t5pegasus.checkpoint import CheckpointInfo
+from t5pegasus.config import OptimizerConfig, RunConfig, write_json
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.presets import small
+from t5pegasus.train.phases import record_event
 
 
 def losses(*values, first=0, every=100):
@@ -64,9 +66,23 @@ def test_both_forms_say_the_same(tmp_path):
         Stage(AtStep(20000), "large", {}),
         Stage(WhenFlat(0.002, 3, 5000), "d_model=1280,d_ff=4096", {"seed": 7}),
     )
-    recorded = [{"name": str(stage), "asked": json.loads(json.dumps(stage.to_json()))} for stage in inline]
-    assert choose_stages(None, recorded) == inline
-    assert choose_stages(["none"], recorded) == ()
+
+
+def test_a_run_keeps_its_schedule_and_can_give_up_what_is_ahead(tmp_path):
+    stages = read_schedule(["step=9:base", "flat=0.002/3,min_steps=50:d_model=1024,num_heads=16"])
+    assert choose_stages(None, tmp_path) == choose_stages(["none"], tmp_path) == ()
+    events = plan_events(CONFIG, stages)
+    write_json(tmp_path / "config.json", {"schema": 1, "events": [record_event(event) for event in events]})
+    assert choose_stages(None, tmp_path) == stages
+    assert choose_stages(["none"], tmp_path) == ()
+    for step, made in ((8, events[:0]), (10, events[:1])):
+        checkpoint = tmp_path / "checkpoints" / str(step)
+        checkpoint.mkdir(parents=True)
+        lineage = tuple({"plan_hash": event.plan_hash, "step": 9} for event in made)
+        info = CheckpointInfo(CONFIG, step, 8 * step, "float32", "f" * 64, lineage=lineage)
+        write_json(checkpoint / "checkpoint.json", info.to_json())
+        write_json(checkpoint / "manifest.json", {})
+    assert choose_stages(["none"], tmp_path) == stages[:1]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from t5pegasus.checkpoint import find_last_good, load_arrays, load_checkpoint_in
 from t5pegasus.config import MeshConfig
 from t5pegasus.train.metrics import MetricsWriter, read_metrics
 from t5pegasus.train.run import RunPaths, train_run
-from t5pegasus.train.run_folder import load_recorded_events
 
 # The second is due at the first checkpoint with two losses of the grown model: none falls by 99 %.
 SCHEDULE = ("step=2:d_model=32,d_ff=48", "flat=0.99/1:num_encoder_layers=2")
@@ -68,7 +67,7 @@ def test_killed_behind_a_seam_and_continued_without_its_flag_it_is_the_same_run(
         with pytest.raises(Killed):
             train_run(config, paths, events=plan_events(config, read_schedule(SCHEDULE)))
     assert load_checkpoint_info(find_last_good(paths.run_path)).config.model.num_encoder_layers == 1
-    stages = choose_stages(None, load_recorded_events(paths.run_path))
+    stages = choose_stages(None, paths.run_path)
     train_run(config, paths, events=plan_events(config, stages))
     ours, theirs = find_last_good(paths.run_path), find_last_good(whole)
     arrays = load_arrays(ours)
