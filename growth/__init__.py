@@ -2,10 +2,10 @@
 
     from growth import grow_checkpoint, grow_state, plan_growth
 
-    grow_checkpoint("runs/small", dataclasses.replace(config, d_model=768), "grown")     # a checkpoint, out of core
+    grow_checkpoint(Path("runs/small"), dataclasses.replace(config, d_model=768), Path("grown"))  # on disk, out of core
 
     growth = plan_growth(config, dataclasses.replace(config, d_model=768, num_encoder_layers=12), {"seed": 1})
-    state = grow_state(state, growth)                                                    # a state in memory
+    state = grow_state(state, growth)  # in memory
 
 For other models than this project's: `growth.plan.plan_axes` and `growth.leaves.grow_arrays`, which take declarations
 of axes (examples/decoder_only.py).
@@ -25,7 +25,6 @@ _HOMES = {
     "plan_axes": "growth.plan",
     "grow_arrays": "growth.leaves",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
