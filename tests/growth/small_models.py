@@ -25,6 +25,9 @@ SOURCE = ModelConfig(
 WIDTHS = {"d_model": 19, "d_kv": 7, "d_ff": 23, "num_heads": 5}
 ALL = {**WIDTHS, "num_encoder_layers": 5, "num_decoder_layers": 2}
 STEP = 11
+Lengths = tuple[tuple[int, int], ...]
+LENGTHS = ((13, 6), (8, 4))
+"""Source and target tokens of the examples."""
 
 
 @functools.cache
@@ -83,26 +86,31 @@ def hf_weights(config: ModelConfig, parameters: Mapping[str, np.ndarray]) -> dic
 
 
 def oracle_logits(
-    config: ModelConfig, parameters: Mapping[str, np.ndarray], vocab_size: int | None = None
+    config: ModelConfig, parameters: Mapping[str, np.ndarray], num_tokens: int, lengths: Lengths = LENGTHS
 ) -> np.ndarray:
-    """Logits [examples, target, vocab] of two examples, the second one padded; of the first `vocab_size` tokens."""
+    """Logits [positions, vocab] of examples of the first `num_tokens` tokens, with two padded positions each."""
     model = Forward(hf_weights(config, parameters), config)
     random = np.random.default_rng(1)
     logits = []
-    for num_source, num_padding in ((13, 0), (9, 2)):
-        source = random.integers(3, 41, num_source)
-        target = random.integers(3, 41, 6)
-        mask = np.arange(num_source) < num_source - num_padding
-        logits.append(model.logits(source, mask, np.concatenate([[1], target])))
-    return np.stack(logits)[..., :vocab_size]
+    for num_source, num_target in lengths:
+        source, target = (random.integers(num_tokens, size=length) for length in (num_source, num_target))
+        logits.append(model.logits(source, np.arange(num_source) < num_source - 2, np.concatenate([[1], target[1:]])))
+    return np.concatenate(logits)
 
 
 def relative_error(got: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.max(np.abs(got - wanted)) / np.max(np.abs(wanted)))
 
 
-def logit_error(source: ModelConfig, changes: Mapping[str, Any], choices: Mapping[str, Any] | None = None) -> float:
-    """How far a growth moves the logits, in units of their largest."""
-    growth, grown = grow(source, changes, choices)
-    wanted = oracle_logits(source, trained_state(source).parameters)
-    return relative_error(oracle_logits(growth.target, grown.parameters, source.vocab_size), wanted)
+def logit_error(
+    source: ModelConfig, growth: ModelGrowth, grown: TrainState, state: TrainState | None = None,
+    lengths: Lengths = LENGTHS,
+) -> float:  # fmt: skip
+    """How far a growth moved the logits, in units of their largest; masked tokens do not count."""
+    num_tokens = source.vocab_size - source.num_masked_tokens
+    before = trained_state(source) if state is None else state
+    wanted, got = (
+        oracle_logits(config, parameters, num_tokens, lengths)[:, :num_tokens]
+        for config, parameters in ((source, before.parameters), (growth.target, grown.parameters))
+    )
+    return relative_error(got, wanted)
