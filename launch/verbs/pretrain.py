@@ -163,7 +163,9 @@ def _choose_config(
         if name is None:
             return source, {}
         wanted = preset(name)
-        return dataclasses.replace(wanted, model=source.model), {}
+        grown = {field: getattr(source.optimizer, field) for field in ("rewarm_steps", "rewarm_peak", "schedule_shift")}
+        optimizer = dataclasses.replace(wanted.optimizer, **grown)
+        return dataclasses.replace(wanted, model=source.model, optimizer=optimizer), {}
     if name is None:
         raise UsageError(
             f"no preset given; begin with one of {', '.join(PRESETS)} (t5pegasus pretrain tiny …), "
