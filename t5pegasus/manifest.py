@@ -68,8 +68,8 @@ def flush(path: Path) -> None:
 def find_damaged(folder: Path, files: Files) -> list[str]:
     """Which of these files are missing, or have another size or content than their entries say."""
     whole = [name for name, entry in files.items() if _size(folder / name) == entry["bytes"]]
-    changed = {name for name, got in zip(whole, _describe_files(folder, whole)) if got != files[name]}
-    return [name for name in files if name in changed or name not in set(whole)]
+    unchanged = {name for name, got in zip(whole, _describe_files(folder, whole)) if got == files[name]}
+    return [name for name in files if name not in unchanged]
 
 
 def _compare_files(path: Path, wanted: Files) -> None:
