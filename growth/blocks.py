@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from growth.expand import Array, along, draw, gather, scale
+from growth.expand import Array, along, draw, gather, scale, settle
 
 
 class View(NamedTuple):
@@ -49,6 +49,8 @@ class Constants(NamedTuple):
     """What all entries of the source are multiplied by, beside the views' scales; None stands for one."""
     rows: Any
     """What created rows begin as, [number of rows, source sizes of the other dimensions…], or None."""
+    zero: Any = np.uint32(0)
+    """See `growth.expand.settle`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +120,8 @@ def compute_block(block: Array, views: tuple[View, ...], constants: Constants, l
     grown = scale(grown, [view.scale for view in views])
     for dimension, view in enumerate(views):
         if view.contrast is not None:
-            grown += _noise(views, dimension, constants, grown)
+            grown = settle(grown, constants.zero)
+            grown += settle(_noise(views, dimension, constants, grown), constants.zero)
     for dimension, view in enumerate(views):
         if view.rows is not None:
             grown = _replace(grown, dimension, view.rows >= 0, _begin_rows(views, dimension, constants, grown))
@@ -135,6 +138,7 @@ def _noise(views: tuple[View, ...], dimension: int, constants: Constants, grown:
     first, second = constants.key
     key = (first ^ np.uint32(0x9E3779B9 * (dimension + 1) & 0xFFFFFFFF), second)
     values = _draw_of_source(key, [view.source_positions for view in views]).astype(grown.dtype)
+    values = settle(values, constants.zero)
     values = scale(values, [view.source_spread for view in views])
     values = scale(values, [view.contrast if each == dimension else view.scale for each, view in enumerate(views)])
     if constants.factor is not None:
@@ -170,7 +174,7 @@ def _draw_created(grown: Array, views: tuple[View, ...], dimension: int, constan
     positions = [view.positions for view in views]
     spreads = [view.drawn_spread for view in views]
     if grown.__array_namespace__() is not np:
-        values = scale(draw(constants.key, positions).astype(grown.dtype), spreads)
+        values = scale(settle(draw(constants.key, positions).astype(grown.dtype), constants.zero), spreads)
         return _replace(grown, dimension, drawn, values)
     chosen = np.flatnonzero(drawn)  # draw no more than is needed
     if len(chosen):
@@ -200,8 +204,8 @@ def _product(views: tuple[View, ...], layers: int | None, grown: Array) -> Array
     """The outer product of the views' seeds, layer by layer."""
     product = None
     for dimension, view in enumerate(views):
-        seeds = view.seeds
-        assert seeds is not None
+        assert view.seeds is not None
+        seeds = view.seeds.astype(grown.dtype)
         if seeds.ndim == 2:
             assert layers is not None
             shape = [1] * grown.ndim
@@ -210,8 +214,7 @@ def _product(views: tuple[View, ...], layers: int | None, grown: Array) -> Array
         else:
             spread = along(seeds, dimension, grown.ndim)
         product = spread if product is None else product * spread
-    assert product is not None
-    return product.astype(grown.dtype)
+    return product
 
 
 def _replace(grown: Array, dimension: int, mask: Array, values: Array) -> Array:

@@ -34,6 +34,23 @@ def scale(array: Array, vectors: Sequence[Array | None]) -> Array:
     return array
 
 
+def settle(array: Array, zero: Array) -> Array:
+    """The array as it is, each entry rounded to its own precision.
+
+    Compilers contract a product and a sum into one rounding, and multiply constants beforehand, each backend in its own
+    way. What passes through integers that they cannot know, they have to round as NumPy does.
+
+    Args:
+        array: NumPy arrays are returned as they are.
+        zero: uint32 0, as an argument of the compiled program.
+    """
+    np_or_jnp = array.__array_namespace__()
+    if np_or_jnp is np:
+        return array
+    words = np_or_jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    return (array.view(words) ^ zero.astype(words)).view(array.dtype)
+
+
 def draw(key: Sequence[Any], positions: Sequence[Array]) -> Array:
     """Random numbers of mean 0 and variance 1, each decided by the key and its own indices alone.
 
