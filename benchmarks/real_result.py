@@ -54,8 +54,9 @@ def main() -> None:
     for stage, took in zip(stages, seconds):
         print(f"{took:8.1f} s  t5pegasus {stage}")
     receipt = read_json(out / "grown" / "receipt.json")
+    found = receipt["logits"]["float32"]
     print(
-        f"\ngrowth: max |Δlogit| {receipt['max_logit_difference']:.2e} ({receipt['floor_ratio']:.2f} × the permutation "
+        f"\ngrowth: max |Δlogit| {found['maximum']:.2e} ({found['ratio']:.2f} × the permutation "
         f"floor), ΔNLL {receipt['nll_difference']:+.1e} on {receipt['num_target_tokens']:,} tokens\n"
     )
     print("ROUGE-1/2/L by the package rouge 1.0.1; copied: characters in runs of two or more that the text has, too")

@@ -1,37 +1,27 @@
 """Growth itself: of a training state, as a pure function, and of a checkpoint on disk, with its receipt."""
 
 import dataclasses
-import itertools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from growth.execution import count_stored_bytes, execute_growth
+from growth.evidence import load_evidence
+from growth.execution import execute_growth
 from growth.leaves import grow_arrays
 from growth.moments import grow_records
 from growth.plan import Choices
+from growth.receipt import LEVELS, RECEIPT, Receipt, check_receipt
 from growth.t5 import ModelGrowth, plan_growth
-from growth.verify import Receipt, check_receipt, draw_batches, measure_growth
+from growth.verify import Request, measure_apart, peak_memory
 from t5pegasus.axes import AxisMultiplier
-from t5pegasus.batch import Batch
-from t5pegasus.checkpoint import (
-    CheckpointInfo,
-    find_checkpoint,
-    load_arrays,
-    load_checkpoint_info,
-    verify_checkpoint,
-)
-from t5pegasus.config import ModelConfig, read_json, write_json
-from t5pegasus.data.loader import PackedRows, load_epoch
-from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_checkpoint
+from t5pegasus.config import SCHEMA, ModelConfig, read_json, write_json
+from t5pegasus.errors import ArtifactError, UsageError, reading
 from t5pegasus.manifest import MANIFEST
 from t5pegasus.train.state import TrainState
-
-RECEIPT = "receipt.json"
-_HELDOUT_BATCH_SIZE = 8
-_MAX_HELDOUT_BATCHES = 4
 
 
 def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
@@ -54,6 +44,36 @@ def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
     return state._replace(**grown, multipliers=grow_records(records, plan.maps, plan.born))
 
 
+class Costs(NamedTuple):
+    """What a growth took in the first process, which differs from run to run."""
+
+    bytes_read: int = 0
+    """Of the source's arrays."""
+    bytes_written: int = 0
+    """Of the grown arrays."""
+    bytes_found: int = 0
+    """Written by an earlier call that was interrupted."""
+    surgery_seconds: float | None = None
+    surgery_peak_bytes: int | None = None
+    """The largest resident memory of the whole process until the arrays were written, imports and all."""
+    receipt_seconds: float | None = None
+    receipt_peak_bytes: int | None = None
+    """The same of the process that measured the receipt."""
+
+    def __str__(self) -> str:
+        parts = [f"read {self.bytes_read:,} bytes", f"wrote {self.bytes_written:,}"]
+        if self.bytes_found:
+            parts.append(f"found {self.bytes_found:,} written before")
+        for what, seconds, peak in (
+            ("surgery", self.surgery_seconds, self.surgery_peak_bytes),
+            ("receipt", self.receipt_seconds, self.receipt_peak_bytes),
+        ):
+            memory = "" if peak is None else f" in {peak / 2**20:,.0f} MiB"
+            if seconds is not None:
+                parts.append(f"{what} {seconds:.1f} s{memory}")
+        return ", ".join(parts)
+
+
 class GrownCheckpoint(NamedTuple):
     """What `grow_checkpoint` made or found."""
 
@@ -62,6 +82,8 @@ class GrownCheckpoint(NamedTuple):
     receipt: Receipt
     already_there: bool
     """True if an earlier, finished call had made it."""
+    costs: Costs | None = None
+    """Of making it; None where that is no longer known."""
 
 
 def grow_checkpoint(
@@ -71,13 +93,15 @@ def grow_checkpoint(
     *,
     choices: Choices | Mapping[str, Any] | None = None,
     examples_path: Path | None = None,
+    receipt: str = "full",
 ) -> GrownCheckpoint:
     """Grow a checkpoint into one of the same form, and prove it: plan, grow, measure, give it its name.
 
     The arrays are read and written block by block, so that memory is a few chunks, whatever their size; only the
-    receipt holds the parameters of both models. Every process of a multi-process run calls this and writes its share.
-    Killed at any point it leaves nothing that counts as a checkpoint, and the same call again goes on from there and
-    ends with the same bytes; finished, the same call again only says so.
+    receipt holds both models, in a process of its own. Every process of a multi-process run calls this and writes its
+    share. Killed at any point it leaves nothing that counts as a checkpoint, and the same call again goes on from there
+    and ends with the same bytes; finished, the same call again only says so. Beside the checkpoint, in
+    `OUTPUT.costs.json`, stands what all of it took.
 
     Args:
         checkpoint_path: a checkpoint folder, or a run, whose last good checkpoint is meant.
@@ -86,42 +110,49 @@ def grow_checkpoint(
         choices: operators and policies, as an object or as a plan file has them.
         examples_path: examples to compare the models on, the `heldout` ones in it if it has such a folder;
             None takes random tokens.
+        receipt: how much is measured: `full`; `logits`, without gradients and updates; or `arrays`, without either
+            model in memory. It is noted in the receipt.
 
     Raises:
         UsageError: if the plan is refused, or the examples have another tokenizer.
-        ArtifactError: if the checkpoint is damaged, the output path holds something else, or the logits of
-            the grown model differ by more than rounding (see `check_receipt`).
+        ArtifactError: if the checkpoint is damaged, the output path holds something else, or the grown model is not
+            what its plan promises (see `check_receipt`).
+        OSError: if the disk is full or fails, or memory is too small for the receipt; the same call then goes on.
     """
+    if receipt not in LEVELS:
+        raise UsageError(f"receipt={receipt!r} must be one of {', '.join(LEVELS)}")
     checkpoint_path, fingerprint = _find_source(checkpoint_path)
     info = load_checkpoint_info(checkpoint_path)
     growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
     identity = {"plan_hash": growth.hash, "source_fingerprint": fingerprint}
     entry = {"plan": growth.to_json(), **identity, "step": info.step}
     if output_path.exists():
-        return GrownCheckpoint(output_path, growth, _read_finished(output_path, entry), already_there=True)
-    batches, evidence = _load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
+        found = _read_finished(output_path, entry)
+        return GrownCheckpoint(output_path, growth, found, already_there=True, costs=_read_costs(output_path))
+    batches, evidence = load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
+    start, costs = time.monotonic(), Costs()
 
     def check(folder: Path) -> None:
-        parameters = (_load_parameters(checkpoint_path), _load_parameters(folder))
-        receipt = measure_growth(growth, *parameters, batches, evidence, count_stored_bytes(folder))
-        check_receipt(receipt)
-        write_json(folder / RECEIPT, receipt.to_json())
+        nonlocal costs
+        surgery = Costs(surgery_seconds=time.monotonic() - start, surgery_peak_bytes=peak_memory())
+        measured = measure_apart(Request(checkpoint_path, folder, growth, batches, evidence, receipt))
+        check_receipt(measured.receipt)
+        write_json(folder / RECEIPT, measured.receipt.to_json())
+        costs = surgery._replace(receipt_seconds=measured.seconds, receipt_peak_bytes=measured.peak_bytes)
 
-    grown_info = dataclasses.replace(
-        info, config=dataclasses.replace(info.config, model=growth.target), lineage=(*info.lineage, entry)
-    )
-    execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check)
-    return GrownCheckpoint(output_path, growth, _read_receipt(output_path), already_there=False)
+    config = growth.change_config(info.config, info.step)
+    grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry))
+    report = execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check)
+    costs = costs._replace(**dataclasses.asdict(report))
+    if costs.receipt_seconds is not None:  # in the process that measured
+        write_json(costs_path(output_path), {"schema": SCHEMA, **costs._asdict()})
+    return GrownCheckpoint(output_path, growth, _read_receipt(output_path), already_there=False, costs=costs)
 
 
 def _find_source(path: Path) -> tuple[Path, str]:
     """The checkpoint that is meant, verified, and its fingerprint."""
     found = find_checkpoint(path)
     return found, read_json(found / MANIFEST)["fingerprint"]
-
-
-def _load_parameters(folder: Path) -> dict[str, Any]:
-    return {name.removeprefix("parameters."): array for name, array in load_arrays(folder, ("parameters.",)).items()}
 
 
 def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
@@ -142,27 +173,18 @@ def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
 
 
 def _read_receipt(folder: Path) -> Receipt:
-    fields = read_json(folder / RECEIPT)
-    del fields["schema"]
-    return Receipt(**fields)
+    with reading(folder / RECEIPT):
+        return Receipt.from_json(read_json(folder / RECEIPT))
 
 
-def _load_evidence(
-    checkpoint_path: Path, info: CheckpointInfo, seed: int, examples_path: Path | None
-) -> tuple[list[Batch], str]:
-    """Batches to compare the models on, and what they are."""
-    model, data = info.config.model, info.config.data
-    if examples_path is None:
-        return draw_batches(model, data, seed), f"random tokens, seed {seed}"
-    heldout_path = examples_path / "heldout"
-    if heldout_path.is_dir():
-        examples_path = heldout_path
-    with PackedRows(examples_path, data, model.pad_token_id, model.decoder_start_token_id) as rows:
-        tokenizer = rows.shards.manifest["tokenizer_fingerprint"]
-        if tokenizer != info.tokenizer_fingerprint:
-            raise UsageError(
-                f"tokenizer of checkpoint {checkpoint_path} is {info.tokenizer_fingerprint}, that of the examples in "
-                f"{examples_path} is {tokenizer}; give examples built with {checkpoint_path / 'tokenizer'}"
-            )
-        batches = itertools.islice(load_epoch(rows, _HELDOUT_BATCH_SIZE), _MAX_HELDOUT_BATCHES)
-        return list(batches), str(examples_path)
+def costs_path(output_path: Path) -> Path:
+    """Where the costs of a growth are: beside the checkpoint, in which the same growth has the same bytes."""
+    return output_path.with_name(output_path.name + ".costs.json")
+
+
+def _read_costs(output_path: Path) -> "Costs | None":
+    path = costs_path(output_path)
+    if not path.is_file():
+        return None
+    with reading(path):
+        return Costs(**{key: value for key, value in read_json(path).items() if key in Costs._fields})

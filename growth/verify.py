@@ -1,215 +1,209 @@
-"""The receipt of a growth: how far the grown model's logits are from the source's, and from mere rounding.
+"""Measure a finished growth, in a process of its own whose memory is its own.
 
-A permutation of stream, units and heads changes nothing but the order of sums. How far it moves the logits of
-the source model is the floor below which “the same function” cannot be told in this precision on this device.
+The process computes on the CPU, whatever accelerators there are: its sums come in the same order each time, so that
+equal growths get equal receipts, float64 is at hand, and the caller keeps its devices.
 """
 
 import dataclasses
-import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import errno
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from growth.gradients import check_gradients, same_function
+from growth.liveness import check_liveness
+from growth.logits import NUM_PERMUTATIONS, Losses, compare_logits
+from growth.receipt import LEVELS, AxisSummary, LogitDifference, Receipt
+from growth.stored_arrays import check_arrays
 from growth.t5 import ModelGrowth
-from t5pegasus.axes import ParamSpec, logical_axis
+from t5pegasus.arrays import load_arrays, open_arrays
 from t5pegasus.batch import Batch
-from t5pegasus.config import SCHEMA, DataConfig, ModelConfig
-from t5pegasus.errors import ArtifactError
-from t5pegasus.model.t5 import bind, count_parameters, declare_parameters
-from t5pegasus.train.loss import sum_losses
+from t5pegasus.checkpoint import load_checkpoint_info
+from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.model.t5 import count_parameters
+from t5pegasus.progress import Progress
+from t5pegasus.train.state import arrays_to_state
 
-NUM_PERMUTATIONS = 8
-LARGEST_FLOOR_RATIO = 2.0
-"""Accepted are differences up to twice the largest of the permutations'."""
-
-Arrays = Mapping[str, Any]
+_XLA_FLAGS = "--xla_allow_excess_precision=false"  # else fused bfloat16 is wider than it says
 
 
-@dataclasses.dataclass(frozen=True)
-class Receipt:
-    """What was measured before and after a growth, in float32."""
+class Request(NamedTuple):
+    """What is to be measured."""
 
-    plan_hash: str
-    function_class: str
+    checkpoint_path: Path
+    grown_path: Path
+    """With or without its manifest."""
+    growth: ModelGrowth
+    batches: Sequence[Batch]
     evidence: str
-    """What the models were compared on."""
-    num_target_tokens: int
-    max_logit_difference: float
-    rms_logit_difference: float
-    floor_max_logit_difference: float
-    """The largest over the permutations."""
-    floor_rms_logit_difference: float
-    num_permutations: int
-    floor_ratio: float
-    """max_logit_difference over its floor."""
-    source_nll: float
-    """Nats per target token."""
-    nll_difference: float
-    source_parameters: int
-    grown_parameters: int
-    grown_bytes: int
-    """Of all arrays of the grown state."""
-
-    def to_json(self) -> dict[str, Any]:
-        """The receipt as the checkpoint keeps it, without times, so that equal growths give equal bytes."""
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
-
-    def __str__(self) -> str:
-        bitwise = ", bitwise equal" if self.max_logit_difference == 0 else ""
-        return (
-            f"max |Δlogit| {self.max_logit_difference:.1e} ({self.floor_ratio:.2f} × the permutation floor "
-            f"{self.floor_max_logit_difference:.1e}{bitwise}), ΔNLL {self.nll_difference:+.1e} on "
-            f"{self.num_target_tokens:,} target tokens ({self.evidence}), parameters {self.source_parameters:,} → "
-            f"{self.grown_parameters:,}, plan {self.plan_hash[:12]}"
-        )
+    """What the batches are."""
+    level: str
+    """How much to measure, one of LEVELS."""
 
 
-def measure_growth(
-    plan: ModelGrowth, source: Arrays, grown: Arrays, batches: Sequence[Batch], evidence: str, grown_bytes: int
-) -> Receipt:
-    """Compare source and grown model on batches, and the source with permutations of itself.
+class Measured(NamedTuple):
+    """A receipt, and what it took."""
 
-    Args:
-        plan: what was done.
-        source: the source's parameters by name.
-        grown: the grown model's.
-        batches: what to compare on; padding does not count.
-        evidence: what the batches are, for the receipt.
-        grown_bytes: size of the grown state, for the receipt.
-    """
-    specs = declare_parameters(plan.source)
-    orders = [
-        _draw_orders(specs, np.random.default_rng((plan.plan.choices.seed, draw))) for draw in range(NUM_PERMUTATIONS)
-    ]
-    unchanged = {axis: np.arange(len(order)) for axis, order in orders[0].items()}
-    source, grown = jax.device_put((source, grown))
-    growth, floors = _Difference(), [_Difference() for _ in orders]
-    # TPUs and GPUs would otherwise round the factors of float32 products, and that floor would hide faults.
-    with jax.default_matmul_precision("highest"):
-        for batch in batches:
-            reference = _permuted_logits(plan.source, source, unchanged, batch)
-            growth = growth.add(_compare(reference, _logits(plan.target, grown, batch), batch))
-            for draw, order in enumerate(orders):
-                permuted = _permuted_logits(plan.source, source, order, batch)
-                floors[draw] = floors[draw].add(_compare(reference, permuted, batch))
-    floor = float(np.max([each.largest for each in floors]))
-    return Receipt(
-        plan_hash=plan.hash,
-        function_class=plan.plan.promise,
-        evidence=evidence,
-        num_target_tokens=int(growth.weight),
-        max_logit_difference=growth.largest,
-        rms_logit_difference=growth.root_mean_square(plan.source),
-        floor_max_logit_difference=floor,
-        floor_rms_logit_difference=max(each.root_mean_square(plan.source) for each in floors),
-        num_permutations=len(floors),
-        floor_ratio=float(np.divide(growth.largest, floor)) if growth.largest else 0.0,
-        source_nll=growth.source_nll / growth.weight,
-        nll_difference=(growth.other_nll - growth.source_nll) / growth.weight,
-        source_parameters=count_parameters(plan.source),
-        grown_parameters=count_parameters(plan.target),
-        grown_bytes=grown_bytes,
-    )
+    receipt: Receipt
+    peak_bytes: int | None
+    seconds: float
 
 
-def check_receipt(receipt: Receipt) -> None:
-    """Refuse a growth that changed more than rounding does.
+def measure_growth(request: Request) -> Receipt:
+    """Compare grown and source checkpoint here and now (`measure_apart` does it in a process of its own).
 
     Raises:
-        ArtifactError: if the logits moved by over `LARGEST_FLOOR_RATIO` times the floor or are not finite.
+        UsageError: if the level is none.
     """
-    if not math.isfinite(receipt.source_nll):
-        raise ArtifactError(
-            f"the source's loss on {receipt.evidence} is {receipt.source_nll}, a finite one was wanted; "
-            "grow an earlier checkpoint of the run"
+    if request.level not in LEVELS:
+        raise UsageError(f"receipt={request.level!r} must be one of {', '.join(LEVELS)}")
+    growth = request.growth
+    with Progress("receipt", total={"full": 5, "logits": 3, "arrays": 1}[request.level], unit="checks") as progress:
+        arrays = check_arrays(request.checkpoint_path, request.grown_path, growth)
+        progress.advance()
+        receipt = Receipt(
+            plan_hash=growth.hash,
+            promise=growth.plan.promise,
+            level=request.level,
+            evidence=request.evidence,
+            source_parameters=count_parameters(growth.source),
+            grown_parameters=count_parameters(growth.target),
+            grown_bytes=sum(_count_bytes(array) for array in open_arrays(request.grown_path).values()),
+            axes=tuple(
+                AxisSummary(
+                    each.axis,
+                    each.source,
+                    each.target,
+                    each.describe(),
+                    each.promise,
+                    each.breaker(growth.plan.choices),
+                )
+                for each in growth.plan.axes
+            ),
+            arrays=arrays,
+            keeps_logits=all(each.operator["operator"] != "stack" for each in growth.plan.axes),
+            exact_dynamics=growth.plan.choices.dynamics == "exact",
         )
-    limit = LARGEST_FLOOR_RATIO * receipt.floor_max_logit_difference
-    if not receipt.max_logit_difference <= limit:
-        raise ArtifactError(
-            f"the grown model is not the source's equal: max |Δlogit| is {receipt.max_logit_difference:.2e}, "
-            f"at most {LARGEST_FLOOR_RATIO} × the permutation floor = {limit:.2e} was wanted; nothing was "
-            f"written. Growth is at fault, not the checkpoint: please report plan {receipt.plan_hash[:12]}"
-        )
+        if request.level == "arrays" or arrays.structure:
+            return receipt
+        receipt = _add_logits(receipt, request, progress)
+        return receipt if request.level == "logits" else _add_training(receipt, request, progress)
 
 
-def permute_entries(parameters: Arrays, specs: Mapping[str, ParamSpec], orders: Arrays) -> dict[str, jax.Array]:
-    """The same model with the entries of some axes in another order, in every parameter that has them."""
-    permuted = dict(parameters)
-    for name, spec in specs.items():
-        for dimension, axis in enumerate(spec.axes):
-            if axis in orders:
-                permuted[name] = jnp.take(permuted[name], orders[axis], axis=dimension, mode="clip")
-    return permuted
-
-
-def draw_batches(config: ModelConfig, data: DataConfig, seed: int) -> list[Batch]:
-    """Eight rows of uniformly random tokens, for a growth without held-out text."""
-    num_rows, num_source, num_target = 8, min(64, data.max_source_tokens), min(32, data.max_target_tokens)
-    random = np.random.default_rng(seed)
-    source = random.integers(config.vocab_size, size=(num_rows, num_source), dtype=np.int32)
-    target = random.integers(config.vocab_size, size=(num_rows, num_target), dtype=np.int32)
-    start = np.full((num_rows, 1), config.decoder_start_token_id, np.int32)
-    return [
-        Batch(
-            encoder_input_tokens=source,
-            encoder_segment_ids=np.ones_like(source),
-            encoder_positions=np.tile(np.arange(num_source, dtype=np.int32), (num_rows, 1)),
-            decoder_input_tokens=np.concatenate([start, target[:, :-1]], axis=1),
-            decoder_target_tokens=target,
-            decoder_loss_weights=np.ones(target.shape, np.float32),
-            decoder_segment_ids=np.ones_like(target),
-            decoder_positions=np.tile(np.arange(num_target, dtype=np.int32), (num_rows, 1)),
-            row_ids=np.arange(num_rows, dtype=np.uint32),
-        )
-    ]
-
-
-class _Difference(NamedTuple):
-    """Sums over batches of what two models disagree on."""
-
-    largest: float = 0.0
-    square: float = 0.0
-    source_nll: float = 0.0
-    other_nll: float = 0.0
-    weight: float = 0.0
-
-    def add(self, other: Iterable[Any]) -> "_Difference":
-        largest, *sums = (float(value) for value in other)
-        # max() passes over a NaN that stands second; np.maximum does not.
-        return _Difference(float(np.maximum(self.largest, largest)), *map(sum, zip(self[1:], sums)))
-
-    def root_mean_square(self, config: ModelConfig) -> float:
-        return math.sqrt(self.square / (self.weight * config.vocab_size))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(config: ModelConfig, parameters: Arrays, batch: Batch) -> jax.Array:
-    return bind(config, parameters)(batch)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _permuted_logits(config: ModelConfig, parameters: Arrays, orders: Arrays, batch: Batch) -> jax.Array:
-    return bind(config, permute_entries(parameters, declare_parameters(config), orders))(batch)
-
-
-@jax.jit
-def _compare(reference: jax.Array, other: jax.Array, batch: Batch) -> tuple[jax.Array, ...]:
-    counted = (batch.decoder_loss_weights > 0)[..., None]
-    difference = jnp.where(counted, other - reference, 0.0)
-    before, after = (
-        sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights) for logits in (reference, other)
+def _add_logits(receipt: Receipt, request: Request, progress: Progress) -> Receipt:
+    growth = _as_stored(request)
+    source, grown = (
+        jax.device_put(_load_group(path, "parameters")) for path in (request.checkpoint_path, request.grown_path)
     )
-    square = jnp.sum(jnp.square(difference))
-    # XLA's maximum passes over NaN on some devices (of NaN alone it is -inf on the CPU); a sum never does.
-    largest = jnp.where(jnp.isfinite(square), jnp.max(jnp.abs(difference)), jnp.nan)
-    return largest, square, before.nll, after.nll, before.weight
+    losses, seed = Losses(growth), growth.plan.choices.seed
+    logits: dict[str, LogitDifference] = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        logits[jnp.dtype(dtype).name] = compare_logits(
+            growth, source, grown, request.batches, seed, dtype, losses if dtype == jnp.float32 else None
+        )
+        progress.advance()
+    return dataclasses.replace(
+        receipt,
+        num_target_tokens=int(losses.num_tokens),
+        num_permutations=NUM_PERMUTATIONS,
+        source_nll=losses.source_nll,
+        nll_difference=losses.difference,
+        logits=logits,
+        new_tokens=losses.new_tokens(),
+    )
 
 
-def _draw_orders(specs: Mapping[str, ParamSpec], random: np.random.Generator) -> dict[str, np.ndarray]:
-    sizes = {axis: size for spec in specs.values() for axis, size in zip(spec.axes, spec.shape)}
-    free = ("embed", "mlp", "heads", "qk", "vo")
-    return {axis: random.permutation(size) for axis, size in sorted(sizes.items()) if logical_axis(axis) in free}
+def _add_training(receipt: Receipt, request: Request, progress: Progress) -> Receipt:
+    growth, batch = _as_stored(request), request.batches[0]
+    gradients, logits = None, dict(receipt.logits)
+    with jax.enable_x64(True):
+        if receipt.keeps_logits:
+            source = _load_group(request.checkpoint_path, "parameters")
+            gradients, logits["float64"] = check_gradients(
+                growth, growth.target, source, batch, growth.plan.choices.seed
+            )
+        progress.advance()
+        optimizer = load_checkpoint_info(request.grown_path).config.optimizer
+        state = arrays_to_state(load_arrays(request.grown_path))
+        model = same_function(growth.source, growth.target)
+        liveness = check_liveness(growth, model, optimizer, state, batch)
+        progress.advance()
+    return dataclasses.replace(receipt, gradients=gradients, logits=logits, liveness=liveness)
+
+
+def _as_stored(request: Request) -> ModelGrowth:
+    """The growth with the config that the grown checkpoint says it has."""
+    return dataclasses.replace(request.growth, target=load_checkpoint_info(request.grown_path).config.model)
+
+
+def _load_group(path: Path, group: str) -> dict[str, Any]:
+    return {name.removeprefix(f"{group}."): array for name, array in load_arrays(path, (f"{group}.",)).items()}
+
+
+def _count_bytes(array: Any) -> int:
+    size = array.dtype.itemsize
+    for each in array.shape:
+        size *= each
+    return size
+
+
+def measure_apart(request: Request) -> Measured:
+    """`measure_growth` in a process of its own, with its largest resident memory.
+
+    Raises:
+        OSError: if the process was killed, as systems do that run out of memory.
+        T5PegasusError: whatever `measure_growth` raises.
+    """
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": flags,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-P", "-c", "from growth.verify import serve; serve()"]
+    start = time.monotonic()
+    done = subprocess.run(command, input=pickle.dumps(request), stdout=subprocess.PIPE, env=environment, check=False)
+    if done.returncode == -signal.SIGKILL:
+        raise OSError(
+            errno.ENOMEM,
+            "the process that measures the receipt was killed, most likely for want of memory; what was grown is kept: "
+            "give the same command with --receipt logits or --receipt arrays, which take less",
+        )
+    if done.returncode != 0:
+        raise RuntimeError(f"the process that measures the receipt ended with code {done.returncode}")
+    outcome, peak_bytes = pickle.loads(done.stdout)
+    if isinstance(outcome, Exception):
+        raise outcome
+    return Measured(outcome, peak_bytes, time.monotonic() - start)
+
+
+def serve() -> None:
+    """The process itself: a request on its standard input, the receipt and its memory on its standard output."""
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever a library prints is no part of the answer
+    request = pickle.load(sys.stdin.buffer)
+    try:
+        outcome: Any = measure_growth(request)
+    except (ArtifactError, UsageError) as error:
+        outcome = error
+    with output:
+        output.write(pickle.dumps((outcome, peak_memory())))
+
+
+def peak_memory() -> int | None:
+    """The largest resident memory of this process so far, in bytes; None where the system does not tell.
+
+    (`getrusage` would count the parent's, too, since a process begins as its copy.)
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii").splitlines() if status.exists() else []
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:")), None)

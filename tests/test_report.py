@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from growth.plan import plan_growth
-from growth.verify import Receipt
+from growth.receipt import AxisSummary, GradientMap, Liveness, LogitDifference, Receipt, StoredArrays
+from growth.t5 import plan_growth
 from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
 from t5pegasus.errors import ArtifactError
 from t5pegasus.evaluate.bootstrap import Bootstrap
@@ -103,10 +103,32 @@ def write_checkpoint(path: Path, step: int, fingerprint: str, lineage=()) -> Pat
 
 
 def write_growth(path: Path, step: int, source_fingerprint: str) -> Path:
-    plan = plan_growth(SMALL, LARGE, seed=0)
+    plan = plan_growth(SMALL, LARGE)
     entry = {"plan": plan.to_json(), "plan_hash": plan.hash, "source_fingerprint": source_fingerprint, "step": step}
-    receipt = Receipt(plan.hash, "R", "examples/heldout", 1437, 3.3e-6, 4.1e-7, 4.8e-6, 6e-7, 8, 0.69, 4.021, 2.4e-9,
-                      448_000, 672_000, 8_064_000)  # fmt: skip
+    receipt = Receipt(
+        plan_hash=plan.hash,
+        promise="R",
+        level="full",
+        evidence="examples/heldout",
+        source_parameters=448_000,
+        grown_parameters=672_000,
+        grown_bytes=8_064_000,
+        axes=(AxisSummary("embed", 64, 96, "duplicate (some)", "R", "noise that cancels in what reads it"),),
+        arrays=StoredArrays(174, 2_016_000, (), 0.0, "none", 4465, 1.64, "first_moment.token_embedding"),
+        num_target_tokens=1437,
+        num_permutations=8,
+        source_nll=4.021,
+        nll_difference=2.4e-9,
+        logits={
+            "float32": LogitDifference(3.3e-6, 4.1e-7, 4.8e-6, 6e-7, 9.5),
+            "bfloat16": LogitDifference(2.2e-2, 4.3e-3, 2.4e-7, 1.6e-8, 9.5, 3e-2, 5e-3),
+        },
+        gradients=GradientMap(2.7e-15, "decoder.layers.self_attention.query", 1.8e-15, "token_embedding", 2e-15),
+        liveness={"embed": Liveness(0, 0, (), 32, 32)},
+    )
+    costs = {"bytes_read": 5_376_000, "bytes_written": 8_064_123, "bytes_found": 0, "surgery_seconds": 0.7,
+             "surgery_peak_bytes": 300 * 2**20, "receipt_seconds": 8.1, "receipt_peak_bytes": None}  # fmt: skip
+    write_json(path.with_name(path.name + ".costs.json"), {"schema": SCHEMA, **costs})
     write_checkpoint(path, step, "grown", [entry])
     write_json(path / "receipt.json", receipt.to_json())
     return path
@@ -192,6 +214,9 @@ def test_seam_and_receipt_are_shown(flow: Path, tmp_path: Path):
     assert "d_model 64 → 96" in page
     assert 'class="seam"' in page
     assert "3.30e-06" in page
+    assert "0.69 times" in page
+    assert "32 of 32 copies have parted" in page
+    assert "300 MiB" in page
     assert "+2.4e-09" in page
     assert "448,000" in page
 

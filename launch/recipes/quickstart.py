@@ -79,10 +79,11 @@ def _print_summaries(summaries_path: Path) -> None:
 
 def _print_growth(receipt: dict[str, Any], continued: Path) -> None:
     history = load_checkpoint_info(find_checkpoint(continued)).history
+    found = receipt["logits"]["float32"]
     before, right_after = (entry["loss"] for entry in history if entry["step"] == GROW_AT_STEP)
     print(
         f"\ngrowth: {receipt['source_parameters']:,} → {receipt['grown_parameters']:,} parameters, "
-        f"max |Δlogit| {receipt['max_logit_difference']:.1e}, ΔNLL {receipt['nll_difference']:+.1e}"
+        f"max |Δlogit| {found['maximum']:.1e}, ΔNLL {receipt['nll_difference']:+.1e}"
     )
     print(
         f"held-out loss: {before:.6f} before growth (step {GROW_AT_STEP}), {right_after:.6f} right after, "

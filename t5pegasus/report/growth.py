@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from t5pegasus.report.markup import Markup, absent, escape, section, show, show_difference, show_short, table
 from t5pegasus.report.overview import describe_sizes, heldout_around_growth
-from t5pegasus.report.runs import Growth, Run
+from t5pegasus.report.runs import Growth, Json, Run
 
 
 def show_growths(runs: Sequence[Run]) -> Markup:
@@ -45,40 +45,111 @@ def _own_growths(run: Run) -> Markup:
 
 def _receipt(run: Run, growth: Growth) -> Markup:
     receipt = growth.receipt
-    verdict = Markup(
-        f"At step {escape(growth.step)} the model grew from {escape(receipt['source_parameters'])} to "
-        f"{escape(receipt['grown_parameters'])} parameters. Its logits moved by at most "
-        f"<b>{receipt['max_logit_difference']:.2e}</b>, which is {receipt['floor_ratio']:.2f} times what reordering "
-        f"the same sums does in float32, and its loss by "
-        f"<b>{show_difference(receipt['nll_difference'])}</b> nats per token."
-    )
     changes = table(
-        ("What grew", "Before", "After", "How", "Logits", "What sets it in motion"),
+        ("Axis", "Before", "After", "How", "Logits", "What sets it in motion"),
         (
-            (field["field"], field["source"], field["target"], field["rule"], _promise(field), field["breaker"])
-            for field in growth.plan["fields"]
+            (
+                each["axis"],
+                each["source"],
+                each["target"],
+                each["operator"],
+                _PROMISES[each["promise"]],
+                each["breaker"],
+            )
+            for each in receipt["axes"]
         ),
     )
-    facts = [
-        ("max |Δlogit|", f"{receipt['max_logit_difference']:.3e}"),
-        ("root mean square Δlogit", f"{receipt['rms_logit_difference']:.3e}"),
-        (
-            f"floor: the largest of {receipt['num_permutations']} permutations of the source itself",
-            f"{receipt['floor_max_logit_difference']:.3e}",
-        ),
-        ("loss of the source, nats per token", f"{receipt['source_nll']:.5f}"),
-        ("ΔNLL", show_difference(receipt["nll_difference"])),
-        ("compared on", f"{show(receipt['num_target_tokens'])} target tokens of {receipt['evidence']}"),
-        ("plan", receipt["plan_hash"]),
-        ("checkpoint", growth.path),
-    ]
+    facts = [*_function(receipt), *_training(receipt), *_files(receipt, growth.costs)]
+    facts += [("plan", receipt["plan_hash"]), ("checkpoint", growth.path)]
     if run.growths[-1] is growth:
         losses = heldout_around_growth(run)
         shown = " → ".join(f"{loss:.4f} {when}" for when, loss in losses.items())
         facts.append(("held-out loss, nats per token", shown or "not measured"))
     measured = table(("Measured", ""), facts, "facts")
-    return Markup(f'<div class="panel"><p class="verdict">{verdict}</p>{changes}{measured}</div>')
+    return Markup(f'<div class="panel"><p class="verdict">{_verdict(growth)}</p>{changes}{measured}</div>')
 
 
-def _promise(field: dict) -> str:
-    return "bitwise the same" if field["function_class"] == "B" else "the same but for rounding"
+_PROMISES = {
+    "B": "bitwise the same",
+    "R": "the same but for rounding",
+    "M": "the same while new tokens are masked",
+    "L": "changed, by as much as is stated",
+}
+
+
+def _verdict(growth: Growth) -> Markup:
+    receipt = growth.receipt
+    grew = Markup(
+        f"At step {escape(growth.step)} the model grew from {escape(receipt['source_parameters'])} to "
+        f"{escape(receipt['grown_parameters'])} parameters."
+    )
+    if "float32" not in receipt["logits"]:
+        return Markup(f"{grew} Its arrays were verified; neither model was evaluated.")
+    found = receipt["logits"]["float32"]
+    ratio = (
+        "" if found["ratio"] is None else f", which is {found['ratio']:.2f} times what reordering the same sums does"
+    )
+    return Markup(
+        f"{grew} Its logits moved by at most <b>{found['maximum']:.2e}</b>{ratio} in float32, and its loss by "
+        f"<b>{show_difference(receipt['nll_difference'])}</b> nats per token."
+    )
+
+
+def _function(receipt: Json) -> list[tuple[str, str]]:
+    """How far the function moved, in each precision of activations."""
+    facts = []
+    for name, each in receipt["logits"].items():
+        largest, root = (f"{each[field]:.3e}" for field in ("maximum", "root_mean_square"))
+        floors = [f"{each[field]:.3e}" for field in ("floor_maximum", "floor_root_mean_square")]
+        facts.append((f"{name}: max |Δlogit|", largest + (", bitwise equal" if each["bitwise"] else "")))
+        facts.append((f"{name}: root mean square Δlogit", root))
+        what = f"the largest of {receipt['num_permutations']} permutations of the source itself"
+        facts.append((f"{name}: floor, {what}", f"{floors[0]}; root mean square {floors[1]}"))
+        if each["rescaled_maximum"] is not None:
+            floor = f"{each['rescaled_maximum']:.3e}; root mean square {each['rescaled_root_mean_square']:.3e}"
+            facts.append((f"{name}: floor, permutations with weights rounded anew", floor))
+    if receipt["source_nll"] is not None:
+        facts.append(("loss of the source, nats per token", f"{receipt['source_nll']:.5f}"))
+        facts.append(("ΔNLL", show_difference(receipt["nll_difference"])))
+        facts.append(("compared on", f"{show(receipt['num_target_tokens'])} target tokens of {receipt['evidence']}"))
+    new = receipt["new_tokens"]
+    if new is not None:
+        bound = "" if new["bound"] is None else f", at most {new['bound']:.3e} by theory"
+        taken = "masked: no probability" if new["masked"] else f"take {new['mean_log_added_mass']:.3e} nats{bound}"
+        facts.append((f"{show(new['number'])} new tokens", taken))
+    return facts
+
+
+def _training(receipt: Json) -> list[tuple[str, str]]:
+    """Whether gradients are mapped as said, and what two updates did."""
+    facts = []
+    found = receipt["gradients"]
+    if found is not None:
+        facts.append(("gradients against r·g, entry by entry, float64", f"{found['elementwise']:.1e}"))
+        facts.append(("gradients summed over copies against g, float64", f"{found['summed']:.1e}"))
+    for axis, each in receipt["liveness"].items():
+        parts = []
+        if each["created"]:
+            parts.append(f"{show(each['alive'])} of {show(each['created'])} new entries have a gradient")
+        if each["copied"]:
+            parts.append(f"{show(each['parted'])} of {show(each['copied'])} copies have parted")
+        facts.append((f"after two updates: {axis}", ", ".join(parts) or "nothing new"))
+    return facts
+
+
+def _files(receipt: Json, costs: Json | None) -> list[tuple[str, str]]:
+    arrays = receipt["arrays"]
+    error = f"off by {arrays['largest_derived_error']:.1f} half units in the last place at most"
+    facts = [
+        ("arrays as in a fresh state, and every entry as grown a second time", show(arrays["number"])),
+        ("entries derived independently", f"{show(arrays['derived'])}, {error}"),
+    ]
+    if costs is None:
+        return facts
+    facts.append(("bytes read, written", f"{show(costs['bytes_read'])}, {show(costs['bytes_written'])}"))
+    for what in ("surgery", "receipt"):
+        seconds, peak = costs[f"{what}_seconds"], costs[f"{what}_peak_bytes"]
+        memory = "" if peak is None else f", {peak / 2**20:,.0f} MiB of memory at most"
+        if seconds is not None:
+            facts.append((what, f"{seconds:.1f} s{memory}"))
+    return facts

@@ -113,9 +113,12 @@ def _growth(chain: Sequence[Run]) -> Markup:
     if not growths:
         return _tile("Growth", "模型扩展", "none", "this model has not been grown")
     receipt = growths[-1].receipt
-    difference = show_difference(receipt["nll_difference"])
-    note = f"max |Δlogit|, {receipt['floor_ratio']:.2f} × the rounding floor; ΔNLL {difference}"
-    return _tile("Growth", "模型扩展", f"{receipt['max_logit_difference']:.1e}", note)
+    found = receipt["logits"].get("float32")
+    if found is None:
+        return _tile("Growth", "模型扩展", "arrays verified", "neither model was evaluated")
+    ratio = "" if found["ratio"] is None else f", {found['ratio']:.2f} × the rounding floor"
+    note = f"max |Δlogit|{ratio}; ΔNLL {show_difference(receipt['nll_difference'])}"
+    return _tile("Growth", "模型扩展", f"{found['maximum']:.1e}", note)
 
 
 def _rouge(chain: Sequence[Run]) -> Markup:

@@ -21,6 +21,8 @@ class Growth:
     step: int
     plan: Json
     receipt: Json
+    costs: Json | None = None
+    """What making it took; None where that is not known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +203,8 @@ def _follow_growths(checkpoint: Path, run_path: Path) -> tuple[tuple[Growth, ...
     while source is not None and (source / "receipt.json").is_file():
         info, receipt = _read_json(source / "checkpoint.json"), _read_json(source / "receipt.json")
         entry = info["lineage"][-1]
-        growths.insert(0, Growth(source, info["step"], entry["plan"], receipt))
+        costs = _read_if_there(source.with_name(source.name + ".costs.json"))
+        growths.insert(0, Growth(source, info["step"], entry["plan"], receipt, costs))
         source = _find_checkpoint(entry["source_fingerprint"], near=(source, run_path))
     return tuple(growths), source
 

@@ -10,8 +10,8 @@ import pytest
 
 from growth.blocks import LeafGrowth
 from growth.grow import grow_checkpoint
+from growth.receipt import LARGEST_FLOOR_RATIO, Receipt
 from growth.t5 import plan_growth
-from growth.verify import LARGEST_FLOOR_RATIO
 from launch import cli
 from launch.verbs.grow import choose_target, default_output_path
 from t5pegasus.checkpoint import has_optimizer_state, load_arrays, load_checkpoint_info, verify_checkpoint
@@ -42,7 +42,9 @@ def all_bytes(folder: Path) -> dict[str, bytes]:
 def test_a_grown_checkpoint_is_one_of_the_same_form(checkpoint_path, target, grown):
     verify_checkpoint(grown.path)
     before, after = load_checkpoint_info(checkpoint_path), load_checkpoint_info(grown.path)
-    assert after.config == dataclasses.replace(before.config, model=target)
+    assert after.config == grown.growth.change_config(before.config, before.step)
+    assert after.config.model == target
+    assert after.config.optimizer.rewarm_steps == 250
     for field in ("step", "rows", "compute_dtype", "tokenizer_fingerprint", "examples_fingerprint", "history"):
         assert getattr(after, field) == getattr(before, field)
     arrays, sources = load_arrays(grown.path), load_arrays(checkpoint_path)
@@ -67,11 +69,23 @@ def test_the_lineage_names_plan_and_source(checkpoint_path, target, grown):
 def test_the_receipt_is_saved_and_within_rounding(grown):
     receipt = json.loads((grown.path / "receipt.json").read_text(encoding="utf-8"))
     assert receipt["plan_hash"] == grown.growth.hash
-    assert receipt["max_logit_difference"] <= LARGEST_FLOOR_RATIO * receipt["floor_max_logit_difference"] < 1e-4
+    assert receipt["logits"].keys() == {"float32", "bfloat16", "float64"}
+    float32 = receipt["logits"]["float32"]
+    assert float32["maximum"] <= LARGEST_FLOOR_RATIO * float32["floor_maximum"] < 1e-4
     assert receipt["num_permutations"] >= 8
     assert abs(receipt["nll_difference"]) < 1e-5
     assert receipt["evidence"] == "random tokens, seed 3"
     assert receipt["source_parameters"] < receipt["grown_parameters"]
+    assert Receipt.from_json(receipt) == grown.receipt
+
+
+def test_costs_lie_beside_the_checkpoint_in_which_they_would_change_bytes(grown):
+    costs = json.loads(grown.path.with_name("grown.costs.json").read_text(encoding="utf-8"))
+    assert costs.pop("schema") == 1
+    assert costs == grown.costs._asdict()
+    assert costs["bytes_written"] >= grown.receipt.grown_bytes
+    assert costs["receipt_peak_bytes"] > 2**26
+    assert "seconds" not in (grown.path / "receipt.json").read_text(encoding="utf-8")
 
 
 def test_a_finished_growth_run_again_says_so_and_another_one_is_refused(
@@ -91,7 +105,9 @@ def test_a_finished_growth_run_again_says_so_and_another_one_is_refused(
 
 
 def test_a_checkpoint_without_optimizer_state_grows_too(converted_path, target, tmp_path):
-    done = grow_checkpoint(converted_path, target, tmp_path / "grown")
+    done = grow_checkpoint(converted_path, target, tmp_path / "grown", receipt="arrays")
+    assert (done.receipt.level, done.receipt.logits) == ("arrays", {})
+    assert "receipt of arrays only" in str(done.receipt)
     assert not has_optimizer_state(done.path)
     assert {f"parameters.{name}" for name in declare_parameters(target)} < load_arrays(done.path).keys()
 
@@ -99,16 +115,17 @@ def test_a_checkpoint_without_optimizer_state_grows_too(converted_path, target, 
 def test_growth_is_compared_on_heldout_text_of_the_same_tokenizer(
     checkpoint_path, target, examples_path, foreign_examples_path, tmp_path
 ):
-    done = grow_checkpoint(checkpoint_path, target, tmp_path / "grown", examples_path=examples_path)
+    done = grow_checkpoint(checkpoint_path, target, tmp_path / "grown", examples_path=examples_path, receipt="logits")
+    assert done.receipt.logits.keys() == {"float32", "bfloat16"}
     assert done.receipt.evidence == str(examples_path / "heldout")
     assert done.receipt.num_target_tokens == 10 * 4
     with pytest.raises(UsageError, match=f"tokenizer of checkpoint .* is {'f' * 64}, .* is {'a' * 64}"):
         grow_checkpoint(checkpoint_path, target, tmp_path / "other", examples_path=foreign_examples_path)
 
 
-@pytest.mark.parametrize("error", [1e-4, np.nan])
+@pytest.mark.parametrize(("error", "found"), [(1e-3, r"[^;]*e-0\d"), (np.nan, "nan")])
 def test_a_growth_that_changes_the_function_is_refused_and_leaves_nothing(
-    checkpoint_path, target, tmp_path, monkeypatch, error
+    checkpoint_path, target, tmp_path, monkeypatch, error, found
 ):
     compute = LeafGrowth.compute
 
@@ -117,8 +134,9 @@ def test_a_growth_that_changes_the_function_is_refused_and_leaves_nothing(
         return compute(leaf, block, target) * np.float32(1 + error * is_final_norm)
 
     monkeypatch.setattr(LeafGrowth, "compute", inexact)
-    with pytest.raises(ArtifactError, match=r"max \|Δlogit\| is .* permutation floor = "):
-        grow_checkpoint(checkpoint_path, target, tmp_path / "grown")
+    expected = rf"arrays: parameters\..*_norm is off by .*; logits in float32: max \|Δlogit\| is {found} .* floor = "
+    with pytest.raises(ArtifactError, match=expected):
+        grow_checkpoint(checkpoint_path, target, tmp_path / "grown", receipt="logits")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,7 +156,7 @@ def test_killed_and_run_again_it_writes_the_same_bytes(checkpoint_path, grown, t
     assert not output_path.exists()
     assert (tmp_path / "grown.unfinished" / "checkpoint" / "arrays").is_dir()
     assert cli.main(command) == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["grown"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grown", "grown.costs.json"]
     assert all_bytes(output_path) == all_bytes(grown.path)
     printed = capsys.readouterr().out
     for expected in (
@@ -151,6 +169,26 @@ def test_killed_and_run_again_it_writes_the_same_bytes(checkpoint_path, grown, t
         assert expected in printed
     assert cli.main(command) == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_bytes_of_one(checkpoint_path, grown, tmp_path):
+    output_path = tmp_path / "grown"
+    command = ["launch", "local", "--processes", "2", "--", "grow", str(checkpoint_path), "--to", TO, "--seed", "3"]
+    script = "import sys; from launch.cli import main; sys.exit(main(sys.argv[1:]))"
+    result = subprocess.run(
+        [sys.executable, "-c", script, *command, "--output-path", str(output_path)],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_NUM_CPU_DEVICES": "1"},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("next: t5pegasus") == 1
+    assert not (tmp_path / "grown.unfinished").exists()
+    assert all_bytes(output_path) == all_bytes(grown.path)
 
 
 def test_the_target_is_the_source_with_the_sizes_that_were_named():

@@ -1,0 +1,68 @@
+"""What two models are compared on: held-out rows of the same tokenizer, or else random tokens."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+
+from t5pegasus.batch import Batch
+from t5pegasus.checkpoint import CheckpointInfo
+from t5pegasus.config import DataConfig, ModelConfig
+from t5pegasus.data.loader import PackedRows, load_epoch
+from t5pegasus.errors import UsageError
+
+_HELDOUT_BATCH_SIZE = 8
+_MAX_HELDOUT_BATCHES = 4
+
+
+def load_evidence(
+    checkpoint_path: Path, info: CheckpointInfo, seed: int, examples_path: Path | None
+) -> tuple[list[Batch], str]:
+    """Batches to compare models on, and what they are.
+
+    Args:
+        checkpoint_path: of the source.
+        info: what it is.
+        seed: of random tokens.
+        examples_path: examples, of which the `heldout` ones are taken if it has such a folder; None: random tokens.
+
+    Raises:
+        UsageError: if the examples have another tokenizer.
+    """
+    model, data = info.config.model, info.config.data
+    if examples_path is None:
+        return draw_batches(model, data, seed), f"random tokens, seed {seed}"
+    heldout_path = examples_path / "heldout"
+    if heldout_path.is_dir():
+        examples_path = heldout_path
+    with PackedRows(examples_path, data, model.pad_token_id, model.decoder_start_token_id) as rows:
+        tokenizer = rows.shards.manifest["tokenizer_fingerprint"]
+        if tokenizer != info.tokenizer_fingerprint:
+            raise UsageError(
+                f"tokenizer of checkpoint {checkpoint_path} is {info.tokenizer_fingerprint}, that of the examples in "
+                f"{examples_path} is {tokenizer}; give examples built with {checkpoint_path / 'tokenizer'}"
+            )
+        batches = itertools.islice(load_epoch(rows, _HELDOUT_BATCH_SIZE), _MAX_HELDOUT_BATCHES)
+        return list(batches), str(examples_path)
+
+
+def draw_batches(config: ModelConfig, data: DataConfig, seed: int) -> list[Batch]:
+    """Eight rows of uniformly random tokens, for a growth without held-out text; no target is a masked token."""
+    num_rows, num_source, num_target = 8, min(64, data.max_source_tokens), min(32, data.max_target_tokens)
+    random = np.random.default_rng(seed)
+    source = random.integers(config.vocab_size, size=(num_rows, num_source), dtype=np.int32)
+    target = random.integers(config.num_open_tokens, size=(num_rows, num_target), dtype=np.int32)
+    start = np.full((num_rows, 1), config.decoder_start_token_id, np.int32)
+    return [
+        Batch(
+            encoder_input_tokens=source,
+            encoder_segment_ids=np.ones_like(source),
+            encoder_positions=np.tile(np.arange(num_source, dtype=np.int32), (num_rows, 1)),
+            decoder_input_tokens=np.concatenate([start, target[:, :-1]], axis=1),
+            decoder_target_tokens=target,
+            decoder_loss_weights=np.ones(target.shape, np.float32),
+            decoder_segment_ids=np.ones_like(target),
+            decoder_positions=np.tile(np.arange(num_target, dtype=np.int32), (num_rows, 1)),
+            row_ids=np.arange(num_rows, dtype=np.uint32),
+        )
+    ]

@@ -1,0 +1,110 @@
+"""Whether what growth added takes part in training: two updates of the grown state by its own optimizer, in float64."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from growth.gradients import grown_gradients
+from growth.operators import KINDS
+from growth.receipt import Liveness
+from growth.t5 import ModelGrowth
+from t5pegasus.axes import logical_axis
+from t5pegasus.batch import Batch
+from t5pegasus.config import ModelConfig, OptimizerConfig
+from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.train.optimizer import apply_optimizer
+from t5pegasus.train.state import TrainState, start_state
+
+NUM_UPDATES = 2
+_PARTED = 1e-9
+"""Of a copy's way in the updates, the share by which it must differ from the way of what it is a copy of."""
+
+
+def check_liveness(
+    growth: ModelGrowth, model: ModelConfig, optimizer: OptimizerConfig, state: TrainState, batch: Batch
+) -> dict[str, Liveness]:
+    """Update twice and see which created entries have had a gradient, and which copies went ways of their own.
+
+    The learning rate is the optimizer's peak, whatever its schedule says now, and nothing is frozen; dropout, which
+    would part any copies, is off. Rows of tables, which live by the data that hit them, are left out.
+
+    Args:
+        growth: what was planned.
+        model: the grown one.
+        optimizer: of the grown state.
+        state: the grown one, of arrays; without moments and records the optimizer begins with fresh ones.
+        batch: to train on.
+    """
+    state = jax.tree.map(_widen, state)
+    if not state.multipliers:
+        state = start_state(state.parameters, declare_parameters(model), optimizer)
+    before = {name: np.asarray(array) for name, array in state.parameters.items()}
+    ever: dict[str, Any] = {}
+    for update in range(NUM_UPDATES + 1):
+        gradients, _ = grown_gradients(model, state.parameters, batch)
+        ever = {name: np.maximum(ever.get(name, 0.0), np.abs(np.asarray(each))) for name, each in gradients.items()}
+        if update < NUM_UPDATES:
+            state = _update(model, optimizer, state, gradients)
+    ways = {name: np.asarray(array) - before[name] for name, array in state.parameters.items()}
+    return {
+        axis: _look_at(axis, growth, ever, ways)
+        for axis in growth.plan.maps
+        if KINDS[logical_axis(axis)] in ("stream", "units", "layers")
+    }
+
+
+def _widen(array: Any) -> np.ndarray:
+    array = np.asarray(array)
+    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+
+
+def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapping[str, Any]) -> Liveness:
+    entry = growth.plan.maps[axis]
+    created, copied = np.flatnonzero(entry.created), np.flatnonzero(entry.copied)
+    alive, silent = np.ones(len(created), bool), []
+    parted = np.zeros(len(copied), bool)
+    firsts = np.array([np.flatnonzero((entry.sources == source) & ~entry.created)[0] for source in entry.sources[copied]], int)  # fmt: skip # noqa: E501
+    kind = KINDS[logical_axis(axis)]
+    for name, spec in growth.specs.items():
+        if axis not in spec.axes:
+            continue
+        place = spec.axes.index(axis)
+        largest = _largest_along(ever[name], place)[created]
+        alive &= largest > 0
+        if len(created) and not largest.any():
+            silent.append(name)
+        if len(copied) and kind != "layers" and axis not in spec.contracted and not spec.gain:
+            way = np.moveaxis(ways[name], place, 0).reshape(entry.size, -1)
+            way = way / entry.written[:, None]
+            distance = np.linalg.norm(way[copied] - way[firsts], axis=1)
+            parted |= distance > _PARTED * np.linalg.norm(way[firsts], axis=1)
+    stacked = kind == "layers"  # copies of layers stand at other places: nothing holds them together
+    return Liveness(
+        created=len(created), alive=int(alive.sum()), silent_parameters=tuple(silent),
+        copied=0 if stacked else len(copied), parted=0 if stacked else int(parted.sum()),
+    )  # fmt: skip
+
+
+def _largest_along(values: np.ndarray, place: int) -> np.ndarray:
+    return values.max(axis=tuple(each for each in range(values.ndim) if each != place))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+def _update(
+    model: ModelConfig, optimizer: OptimizerConfig, state: TrainState, gradients: Mapping[str, Any]
+) -> TrainState:
+    parameters, moments = apply_optimizer(
+        optimizer,
+        declare_parameters(model),
+        state.multipliers,
+        state.parameters,
+        gradients,
+        state.moments,
+        state.step,
+        jnp.float64(optimizer.learning_rate),
+    )
+    return state._replace(step=state.step + 1, parameters=parameters, **moments._asdict())

@@ -1,0 +1,354 @@
+"""The receipt of a growth: what was measured, and what of it decides whether the growth keeps its promise."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from t5pegasus.config import SCHEMA
+from t5pegasus.errors import ArtifactError
+
+RECEIPT = "receipt.json"
+LEVELS = ("full", "logits", "arrays")
+"""What is measured: arrays, logits, gradients and two updates; arrays and logits; or arrays alone, which takes the
+memory of the largest array instead of that of both models."""
+LARGEST_FLOOR_RATIO = 2.0
+"""Accepted are differences up to twice the largest of the permutations'."""
+LARGEST_ERROR = 1e-13
+"""What float64 leaves of an exact statement, relative to the largest value, wherever the floor is lower."""
+LARGEST_DERIVED_ERROR = 16.0
+"""Of stored entries against their derivation, in units of half the distance between neighbouring numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """How far the grown model's logits are from the source's, and permutations of the source from itself."""
+
+    maximum: float
+    root_mean_square: float
+    floor_maximum: float
+    """The largest over the permutations."""
+    floor_root_mean_square: float
+    """The same."""
+    largest_logit: float
+    rescaled_maximum: float | None = None
+    """The largest over permutations of the source with rescaled weights, which are rounded anew in narrow types; None
+    where weights are computed with as they are stored."""
+    rescaled_root_mean_square: float | None = None
+    """The same."""
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether all logits are the same numbers."""
+        return self.maximum == 0
+
+    @property
+    def allowed_maximum(self) -> float:
+        """The largest difference that counts as rounding; in float64 that is next to nothing at all."""
+        return self._allow(self.floor_maximum, self.rescaled_maximum)
+
+    @property
+    def allowed_root_mean_square(self) -> float:
+        """The same of the root mean square."""
+        return self._allow(self.floor_root_mean_square, self.rescaled_root_mean_square)
+
+    def _allow(self, floor: float, rescaled: float | None) -> float:
+        return max(LARGEST_FLOOR_RATIO * max(floor, rescaled or 0.0), LARGEST_ERROR * self.largest_logit)
+
+    @property
+    def ratio(self) -> float:
+        """The larger one of the two differences over the larger one of their floors."""
+        pairs = (
+            (self.maximum, max(self.floor_maximum, self.rescaled_maximum or 0.0)),
+            (self.root_mean_square, max(self.floor_root_mean_square, self.rescaled_root_mean_square or 0.0)),
+        )
+        return max(_ratio(*pair) for pair in pairs)
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether both differences are no more than rounding."""
+        return self.maximum <= self.allowed_maximum and self.root_mean_square <= self.allowed_root_mean_square
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTokens:
+    """Tokens that the source could not write."""
+
+    number: int
+    masked: bool
+    largest_probability_ratio: float
+    """Their probability over that of all old ones, at the target where it is largest; 0 if they are masked."""
+    mean_log_added_mass: float
+    """The mean of log(1 + that ratio), by which the loss grows exactly if the old logits stay, in nats."""
+    bound: float | None
+    """log(1 + n/V), the most that this can be if all begin as the mean of all rows (Jensen); else None."""
+
+
+@dataclasses.dataclass(frozen=True)
+class GradientMap:
+    """Errors in float64, of each parameter relative to its largest gradient; the largest over the parameters."""
+
+    elementwise: float
+    """Of g' = r·g at kept entries and copies, without the noise between copies."""
+    elementwise_parameter: str
+    summed: float
+    """Of Σ s·g' = g over copies, with it."""
+    summed_parameter: str
+    floor: float
+    """What permutations of the source make of g."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Liveness:
+    """What two updates did to one axis."""
+
+    created: int
+    alive: int
+    """Created entries that have a gradient in every parameter with this axis."""
+    silent_parameters: tuple[str, ...]
+    """Parameters of which no gradient reached any created entry."""
+    copied: int
+    parted: int
+    """Copies that have moved otherwise than what they are copies of."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArrays:
+    """The grown checkpoint's arrays, compared with a fresh state's and with the source's."""
+
+    number: int
+    entries: int
+    structure: tuple[str, ...]
+    """What differs from a fresh state of the grown model in name, shape, type or step; empty if nothing does."""
+    largest_error: float
+    """Of all entries, against a second growth of every array as a whole, in units of half a last place."""
+    worst_array: str
+    derived: int
+    """Entries that were derived independently, from source, maps and declaration."""
+    largest_derived_error: float
+    """Of these, in the same units."""
+    worst_derived: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisSummary:
+    """What the plan says of one axis."""
+
+    axis: str
+    source: int
+    target: int
+    operator: str
+    promise: str
+    breaker: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Receipt:
+    """What was measured before and after a growth. It holds no times, so that equal growths have equal bytes."""
+
+    plan_hash: str
+    promise: str
+    level: str
+    """How much was measured, one of LEVELS."""
+    evidence: str
+    """What the models were compared on."""
+    source_parameters: int
+    grown_parameters: int
+    grown_bytes: int
+    """Of all arrays of the grown state."""
+    axes: tuple[AxisSummary, ...]
+    arrays: StoredArrays
+    num_target_tokens: int = 0
+    num_permutations: int = 0
+    source_nll: float | None = None
+    """Nats per target token."""
+    nll_difference: float | None = None
+    logits: Mapping[str, LogitDifference] = dataclasses.field(default_factory=dict)
+    """By precision of activations: float32 and bfloat16 of the stored parameters; float64 of the source's, grown
+    in float64."""
+    keeps_logits: bool = True
+    """Whether the plan promises the logits of the source's tokens at all; stacked layers do not."""
+    new_tokens: NewTokens | None = None
+    gradients: GradientMap | None = None
+    liveness: Mapping[str, Liveness] = dataclasses.field(default_factory=dict)
+    """Of each axis that got entries; empty where it was not measured."""
+    exact_dynamics: bool = False
+    """Whether copies are to stay together, and created entries silent."""
+
+    @property
+    def bitwise(self) -> bool | None:
+        """Whether float32 logits are the same bits; None if they were not measured."""
+        return self.logits["float32"].bitwise if "float32" in self.logits else None
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of receipt.json."""
+        logits = {
+            name: {**dataclasses.asdict(each), "ratio": _finite(each.ratio), "bitwise": each.bitwise}
+            for name, each in self.logits.items()
+        }
+        return {"schema": SCHEMA, **dataclasses.asdict(self), "logits": logits}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Receipt":
+        """The inverse of `to_json`."""
+        fields = {key: item for key, item in value.items() if key != "schema"}
+
+        def read(kind: type, item: Mapping[str, Any] | None) -> Any:
+            if item is None:
+                return None
+            known = {field.name for field in dataclasses.fields(kind)}
+            return kind(
+                **{key: tuple(each) if isinstance(each, list) else each for key, each in item.items() if key in known}
+            )
+
+        fields["axes"] = tuple(read(AxisSummary, each) for each in fields["axes"])
+        fields["arrays"] = read(StoredArrays, fields["arrays"])
+        fields["new_tokens"] = read(NewTokens, fields["new_tokens"])
+        fields["gradients"] = read(GradientMap, fields["gradients"])
+        fields["logits"] = {name: read(LogitDifference, each) for name, each in fields["logits"].items()}
+        fields["liveness"] = {axis: read(Liveness, each) for axis, each in fields["liveness"].items()}
+        return cls(**fields)
+
+    def __str__(self) -> str:
+        parts = [f"{self.promise}"]
+        for name, each in self.logits.items():
+            if name == "float64":
+                parts.append(f"float64 {_ratio(each.maximum, each.largest_logit):.0e} relative")
+            else:
+                bitwise = ", bitwise equal" if each.bitwise else ""
+                of, floor = "", "permutation floor"
+                if each.rescaled_maximum is not None:
+                    of, floor = f"{name} ", "rounding floor"
+                largest = max(each.floor_maximum, each.rescaled_maximum or 0.0)
+                parts.append(
+                    f"{of}max |Δlogit| {each.maximum:.1e} ({each.ratio:.2f} × the {floor} {largest:.1e}{bitwise})"
+                )
+        if self.promise == "B" and self.bitwise is False:
+            parts.append("not bitwise with this device's kernels")
+        if self.nll_difference is not None:
+            parts.append(
+                f"ΔNLL {self.nll_difference:+.1e} on {self.num_target_tokens:,} target tokens ({self.evidence})"
+            )
+        if self.new_tokens is not None:
+            state = "masked" if self.new_tokens.masked else f"taking {self.new_tokens.mean_log_added_mass:.1e} nats"
+            parts.append(f"{self.new_tokens.number:,} new tokens {state}")
+        if self.gradients is not None:
+            parts.append(f"gradients r·g to {max(self.gradients.elementwise, self.gradients.summed):.0e}")
+        if self.liveness and not self.exact_dynamics:
+            created = sum(each.created for each in self.liveness.values())
+            alive = sum(each.alive for each in self.liveness.values())
+            copied = sum(each.copied for each in self.liveness.values())
+            parted = sum(each.parted for each in self.liveness.values())
+            parts.append(f"after 2 updates {alive}/{created} created entries alive, {parted}/{copied} copies parted")
+        measured = "" if self.level == "full" else f", receipt of {self.level} only"
+        parts.append(
+            f"{self.arrays.number} arrays as derived, parameters {self.source_parameters:,} → "
+            f"{self.grown_parameters:,}, {self.grown_bytes:,} bytes, plan {self.plan_hash[:12]}{measured}"
+        )
+        return ", ".join(parts)
+
+
+def check_receipt(receipt: Receipt) -> None:
+    """Refuse a growth that does not keep what its plan promises.
+
+    Raises:
+        ArtifactError: naming every check that failed, with what was got and what was wanted.
+    """
+    if receipt.source_nll is not None and not math.isfinite(receipt.source_nll):
+        raise ArtifactError(
+            f"the source's loss on {receipt.evidence} is {receipt.source_nll}, a finite one was wanted; "
+            "grow an earlier checkpoint of the run"
+        )
+    failures = find_failures(receipt)
+    if failures:
+        raise ArtifactError(
+            f"the grown model is not what its plan promises ({receipt.promise}): {'; '.join(failures)}. No checkpoint "
+            "was made. Growth is at fault, not the source: please report plan "
+            f"{receipt.plan_hash[:12]}"
+        )
+
+
+def find_failures(receipt: Receipt) -> list[str]:
+    """What speaks against a receipt, each as `name of the check: got and wanted`."""
+    return [*_check_arrays(receipt.arrays), *_check_function(receipt), *_check_training(receipt)]
+
+
+def _check_arrays(arrays: StoredArrays) -> list[str]:
+    failures = [f"structure: {difference}" for difference in arrays.structure]
+    for check, error, where in (
+        ("arrays", arrays.largest_error, arrays.worst_array),
+        ("derivation", arrays.largest_derived_error, arrays.worst_derived),
+    ):
+        if not error <= LARGEST_DERIVED_ERROR:
+            failures.append(
+                f"{check}: {where} is off by {error:.3g} half units in the last place, at most "
+                f"{LARGEST_DERIVED_ERROR:g} was wanted"
+            )
+    return failures
+
+
+def _check_function(receipt: Receipt) -> list[str]:
+    failures = []
+    for name, each in receipt.logits.items():
+        if receipt.keeps_logits and not each.is_rounding:
+            failures.append(
+                f"logits in {name}: max |Δlogit| is {each.maximum:.2e} and their root mean square "
+                f"{each.root_mean_square:.2e}, at most {LARGEST_FLOOR_RATIO:g} × the permutation floor = "
+                f"{each.allowed_maximum:.2e} and {each.allowed_root_mean_square:.2e} was wanted"
+            )
+        elif not math.isfinite(each.maximum):
+            failures.append(f"logits in {name}: max |Δlogit| is {each.maximum}, a finite one was wanted")
+    new = receipt.new_tokens
+    if new is not None and new.masked and new.largest_probability_ratio != 0:
+        failures.append(f"new tokens: their probability is {new.largest_probability_ratio:.2e}, 0 was wanted")
+    if new is not None and not new.masked and receipt.keeps_logits and receipt.nll_difference is not None:
+        slack = 2 * receipt.logits["float32"].maximum + 1e-9
+        if not abs(receipt.nll_difference - new.mean_log_added_mass) <= slack:
+            failures.append(
+                f"new tokens: ΔNLL is {receipt.nll_difference:.6e}, the {new.mean_log_added_mass:.6e} of their share "
+                "of the probability was wanted"
+            )
+        if new.bound is not None and not new.mean_log_added_mass <= new.bound + slack:
+            failures.append(
+                f"new tokens: they take {new.mean_log_added_mass:.3e} nats, at most {new.bound:.3e} was wanted"
+            )
+    return failures
+
+
+def _check_training(receipt: Receipt) -> list[str]:
+    failures = []
+    found = receipt.gradients
+    if found is not None:
+        limit = max(LARGEST_ERROR, LARGEST_FLOOR_RATIO * found.floor)
+        for check, error, name in (
+            ("gradients, entry by entry", found.elementwise, found.elementwise_parameter),
+            ("gradients, summed over copies", found.summed, found.summed_parameter),
+        ):
+            if not error <= limit:
+                failures.append(f"{check}: {name} is off by {error:.2e} of its largest, at most {limit:.1e} was wanted")
+    if receipt.exact_dynamics:
+        return failures
+    for axis, each in receipt.liveness.items():
+        if each.silent_parameters:
+            failures.append(
+                f"liveness: after two updates no gradient has reached the new entries of axis {axis} in "
+                f"{', '.join(each.silent_parameters[:3])}"
+            )
+        elif 2 * each.alive < each.created:
+            failures.append(f"liveness: after two updates {each.alive} of {each.created} new {axis} have a gradient")
+        if 2 * each.parted < each.copied:
+            failures.append(
+                f"liveness: after two updates {each.parted} of {each.copied} copies along axis {axis} have parted"
+            )
+    return failures
+
+
+def _ratio(value: float, floor: float) -> float:
+    if value == 0:
+        return 0.0
+    return value / floor if floor else math.inf
+
+
+def _finite(value: float) -> float | None:
+    """What JSON can hold."""
+    return value if math.isfinite(value) else None
