@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--vocab-size", type=int, default=250112, help="of the source; mT5's makes it 3.4 GiB")
     parser.add_argument("--layers", type=int, default=8, help="of each of the source's stacks")
-    parser.add_argument("--limits", type=int, nargs="*", default=[1200, 1000], help="MiB of address space to try")
+    parser.add_argument("--limits", type=int, nargs="*", default=[1200], help="MiB of address space to try")
     parser.add_argument("--without-load", action="store_true", help="leave out the way that needs all memory")
     parser.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -44,7 +44,7 @@ class Verb(NamedTuple):
 
     summary: str
     parallel: bool = False
-    """Whether several processes can run it together, over one mesh."""
+    """Whether several processes can run it together."""
 
     @staticmethod
     def module(name: str) -> str:
@@ -57,7 +57,7 @@ VERBS = {
     "build": Verb("clean and deduplicate documents and turn them into training examples"),
     "pseudo-summary": Verb("show the sentences that become the target of each document"),
     "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True),
-    "grow": Verb("turn a checkpoint into a larger one that computes the same"),
+    "grow": Verb("turn a checkpoint into a larger one that computes the same", parallel=True),
     "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True),
     "few-shot": Verb("fine-tune on 10, 100, 1,000 pairs under several seeds, as a table"),
     "summarize": Verb("write summaries of documents"),

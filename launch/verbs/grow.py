@@ -84,9 +84,15 @@ def main(argv: list[str]) -> None:
     if args.explain:
         print(_explain(args))
         return
+    from launch.processes import init_distributed, is_one_of_several
     from t5pegasus.convert.sources import is_foreign
 
+    init_distributed()
     if is_foreign(args.checkpoint):
+        if is_one_of_several():
+            raise UsageError(
+                f"{args.checkpoint} is a Hugging Face folder, which is grown by one process; start it without launch"
+            )
         from launch.recipes.grow_hugging_face import grow_hugging_face
 
         done, folder = grow_hugging_face(args.checkpoint, _output_path(args), lambda model: _aim(args, model))

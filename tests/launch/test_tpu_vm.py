@@ -85,7 +85,7 @@ def test_each_generation_has_its_image(accelerator, runtime_version):
         ({"accelerator": "tpu7x-16"}, "accelerator='tpu7x-16' must be one of v2, "),
         ({"accelerator": "v6e"}, "a hyphen and a size"),
         ({"slices": 0}, "slices=0 must be at least 1"),
-        ({"command": ("grow", "x")}, "'grow' works in one process"),
+        ({"command": ("convert", "x")}, "'convert' works in one process"),
         ({"command": ("launch", "local")}, "`launch` cannot launch itself"),
         ({"command": ("pretrane",)}, "perhaps you meant 'pretrain'"),
         ({"command": ()}, "after `--`"),
