@@ -60,7 +60,7 @@ class Derivation:
         ]
         if not self._is_weight:
             return got, self._moment(index, created), 0.0
-        treatments = {self._treat(place, kind) for place, kind in created}
+        treatments = {self._treat(place, kind): place for place, kind in created}
         if "zero" in treatments:
             return got, 0.0, 0.0
         if "random" in treatments:
@@ -68,10 +68,9 @@ class Derivation:
             # Uniform numbers, of which none is 0: there is nothing else to compare them with.
             return got, got if 0 < abs(got) <= limit or limit == 0 == got else math.nan, 0.0
         if "mean" in treatments:
-            return got, self._mean_along(index, created[0][0]), 0.0
+            return got, self._mean_along(index, treatments["mean"]), 0.0
         if "rows" in treatments:
-            place = next(place for place, kind in created if kind == "rows")
-            return got, self._mean_rows(index, place), 0.0
+            return got, self._mean_rows(index, treatments["rows"]), 0.0
         return self._sum_copies(stored, index)
 
     def _treat(self, place: int, kind: str) -> str:
