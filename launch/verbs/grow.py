@@ -5,7 +5,7 @@ import difflib
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -70,6 +70,9 @@ class Grow:
     """Open the masked tokens."""
     examples_path: Path | None = None
     """Examples to compare the two models on, their `heldout` folder if there is one; default is random tokens."""
+    receipt: Literal["full", "logits", "arrays"] = "full"
+    """How much is measured before the checkpoint gets its name: all; no gradients and updates, which takes a
+    fifth of the memory; or arrays only, which takes that of the largest one."""
     seed: int | None = None
     """Of the new random entries; default is the plan's, or 0."""
 
@@ -117,11 +120,13 @@ def _grow(args: Grow) -> None:
         _output_path(args),
         choices=choices,
         examples_path=args.examples_path,
+        receipt=args.receipt,
         **({} if args.add_tokens is None else {"add_tokens": args.add_tokens}),
     )
     print(explain(done.growth, list_groups(checkpoint)))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
-    print(f"receipt: {done.receipt}, {took}")
+    print(f"receipt: {done.receipt}")
+    print(f"took: {took}" + (f" ({done.costs})" if done.costs else ""))
     print(f"checkpoint: {done.path}" + (" (already grown by this plan, nothing to do)" if done.already_there else ""))
     examples = None if args.add_tokens is not None else args.examples_path or find_examples(checkpoint)
     print(f"next: {_next_command(done.path, examples, info.step, new_tokenizer=args.add_tokens is not None)}")
