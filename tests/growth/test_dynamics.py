@@ -115,12 +115,17 @@ def test_gradients_are_the_sources_times_r(profile):
         assert gradient_error(growth, trained_state(source), grown) <= 1e-13
 
 
-def test_gradients_with_random_pads_inserted_layers_and_masked_tokens_are_the_sources_times_r():
-    changes = {
+PADDED_AND_DEEPER = (
+    {
         "d_model": 11, "d_ff": 12, "num_heads": 3, "d_kv": 5, "num_encoder_layers": 3, "num_decoder_layers": 2,
         "vocab_size": 43, "num_masked_tokens": 2,
-    }  # fmt: skip
-    growth, grown = grow(MINI, changes, {"axes": {"embed": "pad", "*.[hmqv]*": "pad"}})
+    },
+    {"axes": {"embed": "pad", "*.[hmqv]*": "pad"}},
+)  # fmt: skip
+
+
+def test_gradients_with_random_pads_inserted_layers_and_masked_tokens_are_the_sources_times_r():
+    growth, grown = grow(MINI, *PADDED_AND_DEEPER)
     assert gradient_error(growth, trained_state(MINI), grown) <= 1e-13
 
 
@@ -245,3 +250,44 @@ def test_breakers_part_copies_from_the_first_update_on(name):
     first, tenth = separation(name, 1), separation(name, 10)
     assert min(first) > 1e-4
     assert min(tenth) > 3 * min(first)
+
+
+def largest_gradients(growth: ModelGrowth, state: TrainState):
+    """(parameter, axis, the largest gradient of each entry along it) for every axis that grew."""
+    gradients = compile_gradients(growth.target)(state.parameters)
+    for name, spec in growth.specs.items():
+        for place, axis in enumerate(spec.axes):
+            if axis in growth.plan.maps:
+                others = tuple(each for each in range(len(spec.axes)) if each != place)
+                yield name, axis, np.abs(np.asarray(gradients[name])).max(others)
+
+
+def test_what_growth_created_is_alive_after_two_updates():
+    growth, grown = grow(MINI, *PADDED_AND_DEEPER)
+    trained, _ = train(growth.target, ADAMW, grown, 0, 2)
+    for name, axis, gradients in largest_gradients(growth, trained):
+        created = growth.plan.maps[axis].created
+        if axis == "vocab" and name == "lm_head":
+            assert np.all(gradients[created] == 0), "a masked token has no gradient in the head"
+        elif axis != "vocab":  # and none in the embedding until it is read
+            assert np.all(gradients[created] > 0), (name, axis)
+
+
+def test_an_inserted_layer_first_learns_what_it_writes_and_then_the_rest():
+    growth, grown = grow(MINI, *PADDED_AND_DEEPER)
+    for name, axis, gradients in largest_gradients(growth, grown):
+        if axis.endswith("layers"):
+            writes = name.endswith((".out", ".wo"))
+            assert np.all((gradients[growth.plan.maps[axis].created] > 0) == writes), name
+
+
+def test_pads_without_random_numbers_have_no_gradient_for_ever():
+    growth, grown = grow(
+        MINI,
+        {"d_model": 11, "d_ff": 12, "num_heads": 3, "d_kv": 5},
+        {"dynamics": "exact", "axes": {"embed": {"operator": "pad", "scale_gains": True}, "*.[hmqv]*": "pad"}},
+    )
+    for name, axis, gradients in largest_gradients(growth, grown):
+        created = growth.plan.maps[axis].created
+        assert np.all(gradients[created] == 0), (name, axis)
+        assert np.all(gradients[~created] > 0), (name, axis)
