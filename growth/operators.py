@@ -101,6 +101,8 @@ def grow_moment(
             continue
         scales[axis] = dual_multipliers(axis, spec, maps[axis])[1] ** power
         kind, created = kinds[logical_axis(axis)], maps[axis].created
+        if kind == "rows" and not maps[axis].mixtures and writes_stream(spec, kinds):
+            continue  # opened tokens have been read all the time
         fresh = created | maps[axis].copied if power < 2 and state == "asymmetric" and kind != "table" else created
         if power < 2 and fresh.any():
             masks[axis] = {"zero": fresh}
