@@ -175,4 +175,16 @@ def _mix_rows(array: jax.Array, gathering: Gathering) -> jax.Array:
     assert gathering.mixed is not None
     dimension, mixtures = gathering.mixed
     rows = jnp.moveaxis(array, dimension, 0)
-    return jnp.stack([jnp.mean(rows if each is None else rows[np.asarray(each)], axis=0) for each in mixtures])
+    longest = max(1 if each is None else len(each) for each in mixtures)
+    pieces = np.zeros((len(mixtures), longest), np.int32)
+    shares = np.zeros((len(mixtures), longest))
+    for place, each in enumerate(mixtures):
+        if each is not None:
+            pieces[place, : len(each)], shares[place, : len(each)] = each, 1 / len(each)
+
+    def spread(shares: np.ndarray) -> jax.Array:
+        return jnp.asarray(shares, rows.dtype).reshape(-1, *[1] * (rows.ndim - 1))
+
+    mixed = sum(rows[pieces[:, place]] * spread(shares[:, place]) for place in range(longest))
+    whole = np.array([each is None for each in mixtures])
+    return jnp.where(whole.reshape(-1, *[1] * (rows.ndim - 1)), jnp.mean(rows, axis=0)[None], mixed)

@@ -27,7 +27,13 @@ PLANS = {
     "asymmetric": (CHANGES, {"state": "asymmetric", "noise": 0.0}),
     "padded behind, with new tokens": (
         {**CHANGES, "vocab_size": 44},
-        {"axes": {"embed": TAIL, "*.[hmqv]*": TAIL, "vocab": {"operator": "add", "rows": [[1], [2, 3], [4], [39, 0]]}}},
+        {
+            "axes": {
+                "embed": TAIL,
+                "*.[hmqv]*": TAIL,
+                "vocab": {"operator": "add", "rows": [[1], [2, 3], [4], [39, 0, 7]]},
+            }
+        },
     ),
 }
 
@@ -108,13 +114,16 @@ def test_every_mesh_grows_the_hosts_bits_without_a_word_between_devices(plan, si
         np.testing.assert_array_equal(grown, leaf.compute(array, whole(leaf.shape)), err_msg=f"{group} {name}")
 
 
-def test_maps_that_are_not_local_move_entries_and_say_so(caplog):
+@pytest.mark.parametrize("rows", ["mean", [[1], [2, 3], [4], [39, 0, 7]]], ids=str)
+def test_maps_that_are_not_local_move_entries_and_say_so(rows, caplog):
     names = ("lm_head", "encoder.layers.mlp.wi_0", "encoder.final_norm")  # compiling takes long
     state = state_in_float32(MODEL)
     state = state._replace(**{
         group: {name: array for name, array in getattr(state, group).items() if name in names} for group in GROUPS
     })  # fmt: skip
-    growth, host = grow(MODEL, *PLANS["padded behind, with new tokens"], state=state)
+    changes, choices = PLANS["padded behind, with new tokens"]
+    operators = choices["axes"] | {"vocab": {"operator": "add", "rows": rows}}
+    growth, host = grow(MODEL, changes, {"axes": operators}, state)
     mesh = make_mesh(MeshConfig(1, 4, 2))
     shardings = state_shardings(growth.specs, mesh, growth.optimizer)
     placed = {
