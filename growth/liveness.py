@@ -39,16 +39,17 @@ def check_liveness(
         state: the grown one, of arrays; without moments and records the optimizer begins with fresh ones.
         batch: to train on.
     """
+    before = state.parameters
     state = jax.tree.map(_widen, state)
     if not state.multipliers:
         state = start_state(state.parameters, declare_parameters(model), optimizer)
-    before = {name: np.asarray(array) for name, array in state.parameters.items()}
     ever: dict[str, Any] = {}
     for update in range(NUM_UPDATES + 1):
         gradients, _ = grown_gradients(model, state.parameters, batch)
-        ever = {name: np.maximum(ever.get(name, 0.0), np.abs(np.asarray(each))) for name, each in gradients.items()}
+        ever = {name: ever.get(name, False) | (np.asarray(each) != 0) for name, each in gradients.items()}
         if update < NUM_UPDATES:
             state = _update(model, optimizer, state, gradients)
+    del gradients
     ways = {name: np.asarray(array) - before[name] for name, array in state.parameters.items()}
     return {
         axis: _look_at(axis, growth, ever, ways)
@@ -57,9 +58,9 @@ def check_liveness(
     }
 
 
-def _widen(array: Any) -> np.ndarray:
+def _widen(array: Any) -> jax.Array:
     array = np.asarray(array)
-    return array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array
+    return jax.device_put(array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array)
 
 
 def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapping[str, Any]) -> Liveness:
@@ -73,9 +74,9 @@ def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapp
         if axis not in spec.axes:
             continue
         place = spec.axes.index(axis)
-        largest = _largest_along(ever[name], place)[created]
-        alive &= largest > 0
-        if len(created) and not largest.any():
+        reached = ever[name].any(axis=tuple(each for each in range(ever[name].ndim) if each != place))[created]
+        alive &= reached
+        if len(created) and not reached.any():
             silent.append(name)
         if len(copied) and kind != "layers" and axis not in spec.contracted and not spec.gain:
             way = np.moveaxis(ways[name], place, 0).reshape(entry.size, -1)
@@ -89,11 +90,12 @@ def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapp
     )  # fmt: skip
 
 
-def _largest_along(values: np.ndarray, place: int) -> np.ndarray:
-    return values.max(axis=tuple(each for each in range(values.ndim) if each != place))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 0})
+@functools.partial(
+    jax.jit,
+    static_argnums=(0, 1),
+    donate_argnums=2,
+    compiler_options={"xla_backend_optimization_level": 0},
+)
 def _update(
     model: ModelConfig, optimizer: OptimizerConfig, state: TrainState, gradients: Mapping[str, Any]
 ) -> TrainState:
