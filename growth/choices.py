@@ -28,6 +28,25 @@ class LearningRatePolicy:
 
 
 @dataclasses.dataclass(frozen=True)
+class LearnedMaps:
+    """Train the maps of all axes before they grow the model (`growth.learned`): another function, of lower loss."""
+
+    steps: int = 100
+    """Updates of the maps."""
+    learning_rate: float = 0.01
+    """By what length a row of a map, which is about 1 long, moves in an update at most; it falls linearly to 0."""
+    batch_size: int | None = None
+    """Rows of each update; None: as many as the source's run has."""
+
+    def __post_init__(self) -> None:
+        for field, value in (("steps", self.steps), ("batch_size", self.batch_size)):
+            if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                raise UsageError(f"learned.{field}={value!r} must be a whole number, 1 or more")
+        if not (isinstance(self.learning_rate, int | float) and 0 < self.learning_rate < math.inf):
+            raise UsageError(f"learned.learning_rate={self.learning_rate!r} must be a positive number")
+
+
+@dataclasses.dataclass(frozen=True)
 class Choices:
     """How to grow, where sizes say only how far; the content of a plan file."""
 
@@ -45,6 +64,8 @@ class Choices:
     learning_rate: LearningRatePolicy = dataclasses.field(default_factory=LearningRatePolicy)
     refactor: bool = False
     """Let Adafactor's state change its form where an axis grows past the size from which it is factored."""
+    learned: LearnedMaps | None = None
+    """Train the maps first; None: grow by the lossless ones."""
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any], where: str = "plan") -> "Choices":
@@ -60,6 +81,9 @@ class Choices:
             policy = {"policy": policy} if isinstance(policy, str) else policy
             refuse_unknown(policy, LearningRatePolicy.__dataclass_fields__, f"{where}: learning_rate")
             fields["learning_rate"] = LearningRatePolicy(**policy)
+        if fields.get("learned") is not None:
+            refuse_unknown(fields["learned"], LearnedMaps.__dataclass_fields__, f"{where}: learned")
+            fields["learned"] = LearnedMaps(**fields["learned"])
         if "axes" in fields:
             if not isinstance(fields["axes"], Mapping):
                 raise UsageError(f"{where}: axes is a {type(fields['axes']).__name__}, a JSON object was wanted")
@@ -78,7 +102,16 @@ class Choices:
             choices = dataclasses.replace(choices, **{k: v for k, v in implied.items() if k not in fields})
         return choices
 
+    def to_json(self) -> dict[str, Any]:
+        """The inverse of `from_json`; without learned maps there is no such field."""
+        fields = dataclasses.asdict(self)
+        if self.learned is None:
+            del fields["learned"]
+        return fields
+
     def __post_init__(self) -> None:
+        if self.learned is not None and self.dynamics == "exact":
+            raise UsageError("learned maps change what is computed, and dynamics=exact keeps it; leave one of them out")
         if not (isinstance(self.seed, int) and 0 <= self.seed < 2**32):
             raise UsageError(f"seed={self.seed!r} must be a whole number in [0, 2^32)")
         if not (isinstance(self.noise, int | float) and 0 <= self.noise < math.inf):
@@ -97,6 +130,8 @@ class Choices:
             raise UsageError(f"learning_rate.peak={rate.peak!r} must be a positive number")
         if (rate.policy == "remap") != (rate.to_step is not None):
             raise UsageError("learning_rate.to_step goes with policy remap: the step at which the schedule goes on")
+        if rate.to_step is not None and not (isinstance(rate.to_step, int) and rate.to_step >= 0):
+            raise UsageError(f"learning_rate.to_step={rate.to_step!r} must be a whole number, 0 or more")
 
 
 def refuse_unknown(value: Any, known: Iterable[str], where: str) -> None:

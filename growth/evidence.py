@@ -1,6 +1,8 @@
 """What two models are compared on: held-out rows of the same tokenizer, or else random tokens."""
 
+import contextlib
 import itertools
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +37,19 @@ def load_evidence(
     heldout_path = examples_path / "heldout"
     if heldout_path.is_dir():
         examples_path = heldout_path
+    with open_rows(checkpoint_path, info, examples_path) as rows:
+        batches = itertools.islice(load_epoch(rows, _HELDOUT_BATCH_SIZE), _MAX_HELDOUT_BATCHES)
+        return list(batches), str(examples_path)
+
+
+@contextlib.contextmanager
+def open_rows(checkpoint_path: Path, info: CheckpointInfo, examples_path: Path) -> Generator[PackedRows]:
+    """Examples as rows of the lengths that the checkpoint's model was trained on.
+
+    Raises:
+        UsageError: if the examples have another tokenizer.
+    """
+    model, data = info.config.model, info.config.data
     with PackedRows(examples_path, data, model.pad_token_id, model.decoder_start_token_id) as rows:
         tokenizer = rows.shards.manifest["tokenizer_fingerprint"]
         if tokenizer != info.tokenizer_fingerprint:
@@ -42,8 +57,7 @@ def load_evidence(
                 f"tokenizer of checkpoint {checkpoint_path} is {info.tokenizer_fingerprint}, that of the examples in "
                 f"{examples_path} is {tokenizer}; give examples built with {checkpoint_path / 'tokenizer'}"
             )
-        batches = itertools.islice(load_epoch(rows, _HELDOUT_BATCH_SIZE), _MAX_HELDOUT_BATCHES)
-        return list(batches), str(examples_path)
+        yield rows
 
 
 def draw_batches(config: ModelConfig, data: DataConfig, seed: int) -> list[Batch]:

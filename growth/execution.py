@@ -30,6 +30,7 @@ def execute_growth(
     info: CheckpointInfo,
     identity: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
+    learn: Callable[[Path], Mapping[str, np.ndarray]] | None = None,
 ) -> StreamReport:
     """Write the grown checkpoint; every process of a multi-process run calls it and writes its share of the chunks.
 
@@ -43,6 +44,8 @@ def execute_growth(
         identity: what decides every byte of the result; an unfinished growth of another one is refused.
         check: called by the first process with the unfinished checkpoint, which lacks nothing but its manifest. It may
             add files; what it raises ends the growth, and if that is an error of this package nothing is left.
+        learn: called by every process with the unfinished checkpoint before anything is written; gives arrays of the
+            grown checkpoint that are made in another way, and may add files, which must be the same when called again.
 
     Raises:
         ArtifactError: if another growth was interrupted there, or the checkpoint has an array that cannot grow.
@@ -57,7 +60,15 @@ def execute_growth(
             begin_growth(unfinished, {**identity, "chunk_bytes": CHUNK_BYTES})
         synchronise(f"begin {output_path}")
         stored = open_arrays(checkpoint_path)
-        leaves = plan_leaves(stored, growth, measure_source(stored, growth))
+        try:
+            known = {} if learn is None else learn(folder)
+        except T5PegasusError:
+            if first:
+                shutil.rmtree(unfinished)
+            raise
+        others = {name: array for name, array in stored.items() if name not in known}
+        leaves = plan_leaves(others, growth, measure_source(others, growth))
+        leaves |= {name: KnownArray(array) for name, array in known.items()}
         with (
             Journal(unfinished, process_index) as journal,
             Progress("grow", total=count_bytes(leaves) // process_count, unit="B", shown=first) as progress,

@@ -46,8 +46,15 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
         f"surgery: reads {_bytes(4 * before * len(groups))}, writes {_bytes(written)} ({' + '.join(groups)}), "
         f"about {_seconds(written / BYTES_PER_SECOND)} on two cores and a local disk, "
         f"at most {_bytes(RESIDENT_BYTES)} of memory",
-        f"receipt: about {_bytes(4 * (before + after))} of memory for both models, in a process of its own",
+        f"receipt: about {_bytes(100 * after)} of memory, in a process of its own; {_bytes(20 * after)} with "
+        "--receipt logits, and a few times the largest array with --receipt arrays",
     ]
+    if choices.learned is not None:
+        rows = "the run's batches" if choices.learned.batch_size is None else f"{choices.learned.batch_size} rows"
+        lines.append(
+            f"learned maps: trained for {choices.learned.steps} updates on {rows} at rate "
+            f"{choices.learned.learning_rate:g}, from what is said above on; parameters of both models are in memory"
+        )
     if growth.target.layer_norm_epsilon != growth.source.layer_norm_epsilon:
         lines.append(
             f"layer_norm_epsilon: {growth.source.layer_norm_epsilon:g} → {growth.target.layer_norm_epsilon:g}, "

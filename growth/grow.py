@@ -1,4 +1,4 @@
-"""Growth itself: of a training state, as a pure function, and of a checkpoint on disk, with its receipt."""
+"""Growth of a checkpoint on disk, with its receipt (of a training state in memory: `growth.state`)."""
 
 import dataclasses
 import time
@@ -10,38 +10,19 @@ import numpy as np
 
 from growth.evidence import load_evidence
 from growth.execution import execute_growth
-from growth.leaves import grow_arrays
-from growth.moments import grow_records
+from growth.learned import count_training_flops
+from growth.learned_checkpoint import learn_arrays, require_examples
 from growth.plan import Choices
 from growth.receipt import LEVELS, RECEIPT, Receipt, check_receipt
+from growth.state import grow_state
 from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Request, measure_apart, peak_memory
-from t5pegasus.axes import AxisMultiplier
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_checkpoint
 from t5pegasus.config import SCHEMA, ModelConfig, read_json, write_json
 from t5pegasus.errors import ArtifactError, UsageError, reading
 from t5pegasus.manifest import MANIFEST
-from t5pegasus.train.state import TrainState
 
-
-def grow_state(state: TrainState, growth: ModelGrowth) -> TrainState:
-    """The state of the grown model, in the host's memory.
-
-    Args:
-        state: of the source model; moments, records and average may be empty, as in a converted checkpoint.
-        growth: where to; its seed decides every random number, together with the parameter's name.
-
-    Returns:
-        NumPy arrays in the precision of the given ones: parameters, moments, records of axes and moving average (by the
-        operators and random numbers of the parameters) of the target's sizes; step and data position as they were.
-    """
-    plan = growth.plan
-    grown = {}
-    for group, arrays in growth.split_state(state._asdict()).items():
-        specs, power = growth.parts[group]
-        grown[group] = grow_arrays(group, arrays, specs, plan, power=power)
-    records = {axis: AxisMultiplier(*map(np.asarray, each)) for axis, each in state.multipliers.items()}
-    return state._replace(**grown, multipliers=grow_records(records, plan.maps, plan.born))
+__all__ = ["Costs", "GrownCheckpoint", "costs_path", "grow_checkpoint", "grow_state"]
 
 
 class Costs(NamedTuple):
@@ -101,7 +82,8 @@ def grow_checkpoint(
     receipt holds both models, in a process of its own. Every process of a multi-process run calls this and writes its
     share. Killed at any point it leaves nothing that counts as a checkpoint, and the same call again goes on from there
     and ends with the same bytes; finished, the same call again only says so. Beside the checkpoint, in
-    `OUTPUT.costs.json`, stands what all of it took.
+    `OUTPUT.costs.json`, stands what all of it took. Where the plan has learned maps, parameters and their average are
+    in memory, of both models.
 
     Args:
         checkpoint_path: a checkpoint folder, or a run, whose last good checkpoint is meant.
@@ -109,12 +91,13 @@ def grow_checkpoint(
         output_path: folder to create; holds also `receipt.json`.
         choices: operators and policies, as an object or as a plan file has them.
         examples_path: examples to compare the models on, the `heldout` ones in it if it has such a folder;
-            None takes random tokens.
+            None takes random tokens. Learned maps learn from the examples themselves.
         receipt: how much is measured: `full`; `logits`, without gradients and updates; or `arrays`, without either
             model in memory. It is noted in the receipt.
 
     Raises:
-        UsageError: if the plan is refused, or the examples have another tokenizer.
+        UsageError: if the plan is refused, the examples have another tokenizer, or maps are to learn without any.
+        DivergedError: if the loss of learned maps is not finite.
         ArtifactError: if the checkpoint is damaged, the output path holds something else, or the grown model is not
             what its plan promises (see `check_receipt`).
         OSError: if the disk is full or fails, or memory is too small for the receipt; the same call then goes on.
@@ -126,9 +109,14 @@ def grow_checkpoint(
     growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
     identity = {"plan_hash": growth.hash, "source_fingerprint": fingerprint}
     entry = {"plan": growth.to_json(), **identity, "step": info.step}
+    flops = info.flops
+    if growth.plan.choices.learned is not None:
+        entry["learning_flops"] = count_training_flops(growth, info.config)
+        flops = None if flops is None else flops + entry["learning_flops"]
     if output_path.exists():
         found = _read_finished(output_path, entry)
         return GrownCheckpoint(output_path, growth, found, already_there=True, costs=_read_costs(output_path))
+    require_examples(growth, examples_path)
     batches, evidence = load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
     start, costs = time.monotonic(), Costs()
 
@@ -140,9 +128,14 @@ def grow_checkpoint(
         write_json(folder / RECEIPT, measured.receipt.to_json())
         costs = surgery._replace(receipt_seconds=measured.seconds, receipt_peak_bytes=measured.peak_bytes)
 
+    def learn(folder: Path) -> dict[str, np.ndarray]:
+        if growth.plan.choices.learned is None or examples_path is None:
+            return {}
+        return learn_arrays(checkpoint_path, info, growth, examples_path, folder)
+
     config = growth.change_config(info.config, info.step)
-    grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry))
-    report = execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check)
+    grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry), flops=flops)
+    report = execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check, learn)
     costs = costs._replace(**dataclasses.asdict(report))
     if costs.receipt_seconds is not None:  # in the process that measured
         write_json(costs_path(output_path), {"schema": SCHEMA, **costs._asdict()})

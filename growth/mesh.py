@@ -20,6 +20,7 @@ from growth.moments import grow_records
 from growth.statistics import Gathering, LeafStatistics
 from growth.t5 import ModelGrowth
 from t5pegasus.axes import AxisMultiplier, ParamSpec
+from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.state import TrainState, state_shardings
 
@@ -38,8 +39,12 @@ def grow_on_mesh(state: TrainState, growth: ModelGrowth, mesh: Mesh) -> TrainSta
         mesh: the mesh it lies on.
 
     Raises:
-        UsageError: if the mesh does not divide a size of the grown model.
+        UsageError: if the mesh does not divide a size of the grown model, or the plan has learned maps.
     """
+    if growth.plan.choices.learned is not None:
+        raise UsageError(
+            "the plan has learned maps, which are trained on batches: growth.learned.learn_growth takes them"
+        )
     shardings = state_shardings(declare_parameters(growth.target), mesh, growth.optimizer, with_ema=bool(state.ema))
     grown: dict[str, dict[str, jax.Array]] = {}
     moving: set[str] = set()

@@ -37,7 +37,9 @@ class GrowthPlan:
 
     @property
     def promise(self) -> str:
-        """The weakest promise of its axes."""
+        """The weakest promise of its axes, where their maps are not learned."""
+        if self.choices.learned is not None:
+            return "L"
         order = list(PROMISES)
         return max((each.promise for each in self.axes), key=order.index)
 
@@ -61,7 +63,7 @@ class GrowthPlan:
         return {
             "schema": PLAN_SCHEMA,
             "promise": self.promise,
-            **dataclasses.asdict(self.choices),
+            **self.choices.to_json(),
             "axes": {each.axis: each.to_json() for each in self.axes},
         }
 

@@ -167,7 +167,7 @@ class Receipt:
     """By precision of activations: float32 and bfloat16 of the stored parameters; float64 of the source's, grown
     in float64."""
     keeps_logits: bool = True
-    """Whether the plan promises the logits of the source's tokens at all; stacked layers do not."""
+    """Whether the plan promises the logits of the source's tokens at all; stacked layers and learned maps do not."""
     new_tokens: NewTokens | None = None
     gradients: GradientMap | None = None
     liveness: Mapping[str, Liveness] = dataclasses.field(default_factory=dict)

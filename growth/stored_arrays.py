@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from growth.dense_maps import MAPS, deviate, load_maps
 from growth.derivation import Derivation
 from growth.leaves import WEIGHTS, grow_arrays
 from growth.moments import factor_second_moment
@@ -39,6 +40,7 @@ def check_arrays(checkpoint_path: Path, grown_path: Path, growth: ModelGrowth) -
     source, grown = open_arrays(checkpoint_path), open_arrays(grown_path)
     structure = compare_structure(checkpoint_path, source, grown_path, grown, growth)
     random = np.random.default_rng(growth.plan.choices.seed)
+    deltas = {} if growth.plan.choices.learned is None else load_maps(grown_path / MAPS)
     errors: list[tuple[float, str]] = [(0.0, "none")]
     derived: list[tuple[float, str]] = [(0.0, "none")]
     num_entries = num_derived = 0
@@ -48,11 +50,14 @@ def check_arrays(checkpoint_path: Path, grown_path: Path, growth: ModelGrowth) -
         group, _, name = array_name.partition(".")
         stored = grown[array_name].read()
         again = grow_arrays(group, {name: array}, {name: spec}, growth.plan, power=power)[name]
-        errors.append((_error(stored, again, relative=group not in WEIGHTS), array_name))
+        learned = deviate(array, spec, growth.plan.maps, deltas) if deltas and group in WEIGHTS else None
+        wanted = again if learned is None else (again + learned).astype(again.dtype)
+        errors.append((_error(stored, wanted, relative=group not in WEIGHTS), array_name))
+        lossless = stored if learned is None else again  # of learned maps there is no second derivation
         derivation = Derivation(spec, growth.plan, power, array.astype(np.float64), is_weight=group in WEIGHTS)
         indices = _draw_indices(spec, growth, stored.shape, random)
         # A NaN is not larger than anything, and yet the worst of all.
-        derived.append((max((_rank(derivation.error(stored, index)) for index in indices), default=0.0), array_name))
+        derived.append((max((_rank(derivation.error(lossless, index)) for index in indices), default=0.0), array_name))
         num_entries, num_derived = num_entries + stored.size, num_derived + len(indices)
     for array_name, wanted in _derive_records(source, growth):
         if array_name in grown:

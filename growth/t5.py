@@ -84,6 +84,12 @@ class ModelGrowth:
                 moments[group][name] = MomentSpec(spec.restrict(part), 2)
         return moments
 
+    @property
+    def lossless(self) -> "ModelGrowth":
+        """The same growth with maps as they are before they learn."""
+        choices = dataclasses.replace(self.plan.choices, learned=None)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, choices=choices))
+
     def change_config(self, config: RunConfig, step: int) -> RunConfig:
         """The config of a run behind this growth: its model, and what the policy says of the learning rate.
 

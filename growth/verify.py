@@ -90,7 +90,8 @@ def measure_growth(request: Request) -> Receipt:
                 for each in growth.plan.axes
             ),
             arrays=arrays,
-            keeps_logits=all(each.operator["operator"] != "stack" for each in growth.plan.axes),
+            keeps_logits=growth.plan.choices.learned is None
+            and all(each.operator["operator"] != "stack" for each in growth.plan.axes),
             exact_dynamics=growth.plan.choices.dynamics == "exact",
         )
         if request.level == "arrays" or arrays.structure:

@@ -71,6 +71,11 @@ def _plan_event(
 
     target = choose_target(source, stage.to, dict.fromkeys(FIELDS))
     growth = plan_growth(source, target, stage.plan, optimizer=optimizer)
+    if growth.plan.choices.learned is not None:
+        raise UsageError(
+            "learned maps are trained before a model is grown, which a run cannot do on its way; leave `learned` out "
+            "of the plan, or end the run there, grow its checkpoint by t5pegasus grow, and pretrain --start-from that"
+        )
 
     event = Event(
         name=name,

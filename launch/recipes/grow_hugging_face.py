@@ -38,6 +38,11 @@ def grow_hugging_face(
         raise UsageError(f"{folder} is no Hugging Face folder; make a checkpoint of it first: t5pegasus convert")
     imported = import_foreign(foreign, where, None, ids_of_tokenizer=False)
     target, choices = aim(imported.model)
+    if choices.learned is not None:
+        raise UsageError(
+            f"the plan has learned maps, which are trained on examples, and {folder} has none; make a checkpoint of it "
+            "first (t5pegasus convert), and grow that with --examples-path"
+        )
     work = output_path.with_name(output_path.name + ".growing")
     if not (work / "source").is_dir():
         save_imported(imported, work / "source")

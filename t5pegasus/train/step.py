@@ -60,26 +60,12 @@ def pure_train_step(
     smoothing = config.train.label_smoothing
     factors = learning_rate_factors(config.optimizer, specs)
     frozen = frozen_parameters(factors)
+    find_gradients = pure_gradients(config, compute_dtype)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
         trained = {name: array for name, array in state.parameters.items() if name not in frozen}
-
-        def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
-            parameters = state.parameters | trained
-            micro = disturb_decoder_inputs(micro, config)
-            logits = bind(config.model, parameters, compute_dtype)(micro, dropout_seed=config.train.seed)
-            targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
-            num_masked = config.model.num_masked_tokens
-            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0, num_masked_tokens=num_masked)
-            return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
-
-        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
-            gradients, sums = jax.grad(objective, has_aux=True)(trained, micro)
-            return jax.tree.map(jnp.add, carry, (gradients, sums)), None
-
-        zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
-        (gradients, sums), _ = jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))
+        gradients, sums = find_gradients(trained, state.parameters, batch)
         gradients = {name: keep_frozen(gradient, 0.0, factors.get(name)) for name, gradient in gradients.items()}
         norm = weighted_norm(gradients, specs, state.multipliers)
         clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
@@ -106,6 +92,39 @@ def pure_train_step(
         return state._replace(**after), metrics
 
     return train_step
+
+
+def pure_gradients(
+    config: RunConfig, compute_dtype: Any
+) -> Callable[[dict[str, jax.Array], Mapping[str, jax.Array], Batch], tuple[dict[str, jax.Array], LossSums]]:
+    """A pure function (trained parameters, all parameters, batch) → (gradients of the training loss, its sums).
+
+    The loss is the mean over the batch's target tokens, with smoothing, z-loss, dropout and decoder noise as
+    configured; micro-batches are summed.
+    """
+    smoothing = config.train.label_smoothing
+
+    def find_gradients(
+        trained: dict[str, jax.Array], parameters: Mapping[str, jax.Array], batch: Batch
+    ) -> tuple[dict[str, jax.Array], LossSums]:
+        total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
+
+        def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+            micro = disturb_decoder_inputs(micro, config)
+            logits = bind(config.model, {**parameters, **trained}, compute_dtype)(micro, dropout_seed=config.train.seed)
+            targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
+            num_masked = config.model.num_masked_tokens
+            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0, num_masked_tokens=num_masked)
+            return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            gradients, sums = jax.grad(objective, has_aux=True)(trained, micro)
+            return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
+        return jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))[0]
+
+    return find_gradients
 
 
 def _split_micro(batch: Batch, count: int) -> Batch:
