@@ -225,7 +225,7 @@ def _stack_order(growth: AxisGrowth, order: str | Sequence[int]) -> list[int]:
         case "middle" if new <= source:
             first = (source - new) // 2
             return [*range(first + new), *range(first, source)]
-        case [*layers] if sorted({*layers}) == list(range(source)) and len(layers) == target:
+        case [*layers] if len(layers) == target and _are_rows(layers, source) and len({*layers}) == source:
             return list(layers)
     raise UsageError(
         f"plan: axis {growth.axis}: order={order!r} must be append, interpose, middle (with at most {source} new "

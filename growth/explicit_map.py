@@ -9,6 +9,7 @@ from growth.index_map import IndexMap
 from t5pegasus.errors import UsageError
 
 _TOLERANCE = 1e-12
+_LARGEST = 2**31
 
 
 def read_explicit_map(where: str, kind: str, source_size: int, target_size: int, fields: Any) -> IndexMap:
@@ -25,12 +26,12 @@ def read_explicit_map(where: str, kind: str, source_size: int, target_size: int,
         UsageError: in a sentence that says which law of lossless growth the map breaks, and how to keep it.
     """
     refuse_unknown(fields, ("sources", "written", "read"), where)
-    sources = _read_list(where, "sources", fields.get("sources"), target_size, np.int64)
+    sources = _read_list(where, "sources", fields.get("sources"), target_size, whole=True)
     if np.any((sources < -1) | (sources >= source_size)):
         raise UsageError(f"{where}: sources must lie from -1 (created) to {source_size - 1}")
     ones = np.ones(target_size)
-    written = _read_list(where, "written", fields.get("written", ones), target_size, np.float64)
-    read = _read_list(where, "read", fields.get("read", ones), target_size, np.float64)
+    written = _read_list(where, "written", fields.get("written", ones), target_size)
+    read = _read_list(where, "read", fields.get("read", ones), target_size)
     created = sources < 0
     kept = ~created
     if not (np.all(written[kept] > 0) and np.all(read[kept] > 0)):
@@ -54,14 +55,16 @@ def read_explicit_map(where: str, kind: str, source_size: int, target_size: int,
     return entry
 
 
-def _read_list(where: str, field: str, values: Any, size: int, dtype: type) -> np.ndarray:
-    try:
-        array = np.asarray(values, dtype)
-    except (TypeError, ValueError):
-        array = np.zeros(0, dtype)
-    if array.shape != (size,) or not np.all(np.isfinite(array)):
-        raise UsageError(f"{where}: {field} must be a list of {size} numbers, one for each entry after growth")
-    return array
+def _read_list(where: str, field: str, values: Any, size: int, *, whole: bool = False) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        values = values.tolist()
+    kinds = int if whole else (int, float)
+    valid = isinstance(values, list | tuple) and len(values) == size
+    if not valid or not all(isinstance(each, kinds) and abs(each) < _LARGEST for each in values):
+        raise UsageError(
+            f"{where}: {field} must be a list of {size} {'whole ' * whole}numbers, one for each entry after growth"
+        )
+    return np.asarray(values, np.int64 if whole else np.float64)
 
 
 def _check_shares(where: str, entry: IndexMap) -> None:

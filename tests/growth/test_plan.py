@@ -1,9 +1,12 @@
 """Plans: what they refuse, in words; what they promise; how they are hashed, saved and read again."""
 
+import contextlib
 import dataclasses
 import json
 
 import pytest
+from hypothesis import given, settings
+from mutations import RANDOM, mutate_json
 
 from growth.choices import Choices
 from growth.t5 import GROWING_FIELDS, plan_growth
@@ -77,6 +80,11 @@ MASKED = dataclasses.replace(SOURCE, num_masked_tokens=5)
         ({"dynamics": True}, {}, "dynamics=True must be one of free, exact"),
         ({"learning_rate": "warm"}, {}, "learning_rate.policy='warm' must be keep, rewarm or remap"),
         ({"learning_rate": {"policy": "remap"}}, {}, "learning_rate.to_step goes with policy remap"),
+        (
+            {"learning_rate": {"policy": "remap", "to_step": "x"}},
+            {},
+            "learning_rate.to_step='x' must be a whole number",
+        ),
         ({"learning_rate": {"steps": 0}}, {}, "learning_rate.steps=0 must be a whole number, 1 or more"),
         ({"learning_rate": {"peak": "x"}}, {}, "learning_rate.peak='x' must be a positive number"),
         ({"refactor": "yes"}, {}, "refactor='yes' must be true or false"),
@@ -91,8 +99,9 @@ def test_a_plan_file_that_cannot_be_meant_is_refused_in_words(choices, changes, 
     ("axis", "field", "target", "fields", "message"),
     [
         ("embed", "d_model", 4, None, "map is a NoneType, a JSON object was wanted"),
-        ("embed", "d_model", 4, {}, "sources must be a list of 4 numbers"),
-        ("embed", "d_model", 4, {"sources": [0, 1]}, "sources must be a list of 4 numbers"),
+        ("embed", "d_model", 4, {}, "sources must be a list of 4 whole numbers"),
+        ("embed", "d_model", 4, {"sources": [0, 1]}, "sources must be a list of 4 whole numbers"),
+        ("embed", "d_model", 4, {"sources": [0, 0.5, 1, 1]}, "sources must be a list of 4 whole numbers"),
         ("embed", "d_model", 4, {"sources": [0, 1, 1, 2]}, "sources must lie from -1 .* to 1"),
         ("embed", "d_model", 4, {"sources": [0, 0, 1, 1], "written": [1]}, "written must be a list of 4 numbers"),
         ("embed", "d_model", 4, {"sources": [0, 0, 1, 1]}, "for entry 0 it sums to 2"),
@@ -198,6 +207,37 @@ def test_the_last_pattern_that_fits_decides():
     growth = plan(axes(**{"*": "pad", "encoder.*.heads": "duplicate"}), num_heads=16)
     operators = {each.axis: each.operator["operator"] for each in growth.plan.axes}
     assert operators == {"encoder.self.heads": "duplicate", "decoder.self.heads": "pad", "decoder.cross.heads": "pad"}
+
+
+WHOLE = {
+    "axes": {
+        "embed": {
+            "operator": "explicit",
+            "map": {"sources": [0, 1, -1, -1], "written": [2**0.5] * 4, "read": [0.5**0.5] * 4},
+        },
+        "*.mlp": {"operator": "duplicate", "first_share": 0.7},
+        "*.heads": {"operator": "pad", "layout": "tail"},
+        "encoder.layers": {"operator": "insert", "at": [0, 1, -1]},
+        "decoder.layers": {"operator": "stack", "order": [0, 1, 0]},
+        "vocab": {"operator": "add", "rows": [[1], [2, 3]]},
+    },
+    "seed": 3, "noise": 0.5, "state": "asymmetric", "dynamics": "free", "refactor": False,
+    "learning_rate": {"policy": "remap", "peak": 1.3, "steps": 250, "to_step": 7},
+}  # fmt: skip
+SMALL = dataclasses.replace(
+    SOURCE, vocab_size=10, d_model=2, d_kv=2, d_ff=3, num_heads=2, num_encoder_layers=2, num_decoder_layers=2,
+    decoder_start_token_id=1, eos_token_id=2,
+)  # fmt: skip
+LARGER = {
+    "vocab_size": 12, "d_model": 4, "d_ff": 5, "num_heads": 3, "num_encoder_layers": 5, "num_decoder_layers": 3
+}  # fmt: skip
+
+
+@settings(max_examples=400)
+@given(RANDOM)
+def test_a_damaged_plan_file_is_refused_in_words_or_still_a_plan(random):
+    with contextlib.suppress(UsageError):
+        json.dumps(plan(mutate_json(WHOLE, random), SMALL, **LARGER).to_json(), allow_nan=False)
 
 
 def test_in_bert4keras_numerics_cross_heads_grow_with_the_decoders_table():
