@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -240,6 +241,7 @@ def test_open_tokens_take_the_probability_that_is_stated(checkpoint_path, tmp_pa
     receipt = Grown(checkpoint_path, tmp_path / "grown", {"vocab_size": 150}).measure("logits")
     check_receipt(receipt)
     assert receipt.new_tokens is not None
+    assert receipt.new_tokens.bound is not None
     assert receipt.new_tokens.bound == pytest.approx(np.log(1.25))
     assert 0 < receipt.new_tokens.mean_log_added_mass <= receipt.new_tokens.bound
     assert receipt.nll_difference == pytest.approx(receipt.new_tokens.mean_log_added_mass, abs=1e-6)
@@ -293,7 +295,7 @@ class KillsItsReader:
 
 
 def test_a_measuring_process_that_is_killed_is_told_from_a_growth_that_fails(many):
-    request = Request(many.source, many.folder, KillsItsReader(), [], "", "full")
+    request = Request(many.source, many.folder, cast(Any, KillsItsReader()), [], "", "full")
     with pytest.raises(OSError, match="want of memory") as caught:
         measure_apart(request)
     assert caught.value.errno == errno.ENOMEM
