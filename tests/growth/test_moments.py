@@ -183,6 +183,16 @@ def test_random_entries_have_the_spread_of_the_old_ones_in_each_layer():
         np.testing.assert_allclose(spread, noise * np.sqrt(np.mean(np.square(louder), axis=(1, 2))), rtol=0.02)
 
 
+@pytest.mark.parametrize("noise", [0.25, 1.0])
+def test_noise_parts_copies_as_strongly_as_the_plan_says(noise):
+    source = dataclasses.replace(SOURCE, d_model=64, d_ff=64)
+    changes, name = {"d_model": 128, "d_ff": 128}, "encoder.layers.mlp.wo"
+    quiet, noisy = (grow(source, changes, {"noise": each, "seed": 2})[1].parameters[name] for each in (0.0, noise))
+    parts = noisy - quiet
+    np.testing.assert_allclose(parts[:, ::2], -parts[:, 1::2], atol=1e-14)  # over copies of a unit it cancels
+    np.testing.assert_allclose(np.std(parts), noise * np.sqrt(np.mean(quiet**2)), rtol=0.02)
+
+
 def test_records_remember_what_was_copied_what_was_created_and_when():
     first, middle = grow(SOURCE, {"d_model": 18, "d_ff": 20}, {"axes": {"*.mlp": "pad"}})
     record = middle.multipliers["embed"]
