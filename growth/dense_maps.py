@@ -110,10 +110,10 @@ def save_maps(path: Path, deltas: Deltas) -> None:
     """Write what was learned, whole or not at all; equal maps have equal bytes."""
     unfinished = path.with_name("." + path.name)
     with unfinished.open("wb") as file:
-        np.savez(
-            file,
-            **{f"{axis}/{role}": np.asarray(each) for axis, roles in deltas.items() for role, each in roles.items()},
-        )
+        matrices: dict[str, Any] = {
+            f"{axis}/{role}": np.asarray(each) for axis, roles in deltas.items() for role, each in roles.items()
+        }
+        np.savez(file, **matrices)
     flush(unfinished)
     unfinished.rename(path)
     flush(path.parent)

@@ -11,7 +11,7 @@ import numpy as np
 from growth.evidence import load_evidence
 from growth.execution import execute_growth
 from growth.learned import count_training_flops
-from growth.learned_checkpoint import learn_arrays, require_examples
+from growth.learned_checkpoint import identify_learning, learn_arrays
 from growth.plan import Choices
 from growth.receipt import LEVELS, RECEIPT, Receipt, check_receipt
 from growth.state import grow_state
@@ -108,6 +108,7 @@ def grow_checkpoint(
     info = load_checkpoint_info(checkpoint_path)
     growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
     identity = {"plan_hash": growth.hash, "source_fingerprint": fingerprint}
+    identity |= identify_learning(checkpoint_path, info, growth, examples_path)
     entry = {"plan": growth.to_json(), **identity, "step": info.step}
     flops = info.flops
     if growth.plan.choices.learned is not None:
@@ -116,7 +117,6 @@ def grow_checkpoint(
     if output_path.exists():
         found = _read_finished(output_path, entry)
         return GrownCheckpoint(output_path, growth, found, already_there=True, costs=_read_costs(output_path))
-    require_examples(growth, examples_path)
     batches, evidence = load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
     start, costs = time.monotonic(), Costs()
 
@@ -156,8 +156,13 @@ def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
         )
     verify_checkpoint(output_path)
     found = load_checkpoint_info(output_path).lineage[-1]
-    for key, what in (("plan_hash", "plan"), ("source_fingerprint", "source checkpoint")):
-        if found[key] != entry[key]:
+    names = (
+        ("plan_hash", "plan"),
+        ("source_fingerprint", "source checkpoint"),
+        ("examples_fingerprint", "set of examples"),
+    )
+    for key, what in names:
+        if found.get(key) != entry.get(key):
             raise ArtifactError(
                 f"{output_path} is there already, grown by another {what}: {found[key][:12]}…, "
                 f"this is {entry[key][:12]}…; delete it, or choose another --output-path"

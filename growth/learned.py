@@ -55,13 +55,16 @@ class MapTraining:
     """Entries of all matrices."""
     losses: tuple[float, ...]
     """Nats per target token before each update, each on its own batch; the first one is the lossless growth's."""
+    lossless_loss: float
+    """Of the lossless growth on the batch of the last update, whose loss is `losses[-1]`."""
     flops: int
     """Spent on it (`count_training_flops`)."""
 
     def __str__(self) -> str:
         return (
-            f"maps of {self.num_maps:,} entries trained for {self.steps} updates of {self.batch_size} rows, loss "
-            f"{self.losses[0]:.4f} → {self.losses[-1]:.4f}, {self.flops:.3g} FLOPs"
+            f"maps of {self.num_maps:,} entries trained for {self.steps} updates of {self.batch_size} rows; "
+            f"loss on the last of them {self.losses[-1]:.4f}, without learning {self.lossless_loss:.4f}; "
+            f"{self.flops:.3g} FLOPs"
         )
 
 
@@ -116,11 +119,13 @@ def find_batch_size(growth: ModelGrowth, config: RunConfig) -> int:
 def count_training_flops(growth: ModelGrowth, config: RunConfig) -> int:
     """FLOPs of training the maps: the grown model's own training steps, and the products that make its parameters.
 
+    One update more than there are is counted: that of the lossless growth, for comparison.
+
     Args:
         growth: the plan.
         config: of the source's run.
     """
-    steps, batch_size = _learned(growth).steps, find_batch_size(growth, config)
+    steps, batch_size = _learned(growth).steps + 1, find_batch_size(growth, config)
     of_model = count_flops(dataclasses.replace(config, model=growth.target), steps * batch_size)
     return of_model + 3 * steps * count_map_flops(growth.specs, growth.plan.maps)  # back twice as much as forward
 
@@ -176,7 +181,12 @@ def train_maps(
     )
     dtype = np.result_type(*(array.dtype for array in placed[0].values()))
     deltas = init_deltas(growth.specs, growth.plan.maps, dtype)
-    state = jax.device_put(MapState(deltas, *(jax.tree.map(np.zeros_like, deltas) for _ in range(2))), everywhere)
+
+    def begin() -> MapState:
+        return jax.device_put(MapState(*(jax.tree.map(np.zeros_like, deltas) for _ in range(3))), everywhere)
+
+    state, whole = begin(), None
+
     update = OnMesh(
         mesh,
         jax.jit(
@@ -203,12 +213,14 @@ def train_maps(
                     f"learned.learning_rate below {choices.learning_rate:g}"
                 )
             progress.advance(1)
+    _, lossless_loss = update(begin(), *placed, whole, np.int32(0))
     found = jax.tree.map(np.asarray, state.deltas)
     training = MapTraining(
         steps=choices.steps,
         batch_size=batch_size,
         num_maps=sum(each.size for each in jax.tree.leaves(found)),
         losses=tuple(losses),
+        lossless_loss=float(lossless_loss),
         flops=count_training_flops(growth, config),
     )
     return found, training

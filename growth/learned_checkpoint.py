@@ -25,17 +25,23 @@ from t5pegasus.sharding import make_mesh
 logger = logging.getLogger(__name__)
 
 
-def require_examples(growth: ModelGrowth, examples_path: Path | None) -> None:
-    """Refuse learned maps without anything to learn from.
+def identify_learning(
+    checkpoint_path: Path, info: CheckpointInfo, growth: ModelGrowth, examples_path: Path | None
+) -> dict[str, str]:
+    """What learned maps hang on beside plan and source, for the lineage: nothing where there are none.
 
     Raises:
-        UsageError: if the plan has learned maps and there are no examples.
+        UsageError: if the plan has learned maps, and there are no examples, or they have another tokenizer.
     """
-    if growth.plan.choices.learned is not None and examples_path is None:
+    if growth.plan.choices.learned is None:
+        return {}
+    if examples_path is None:
         raise UsageError(
             "the plan has learned maps, which are trained on examples: give those of the checkpoint's run by "
             "--examples-path, or leave `learned` out of the plan"
         )
+    with open_rows(checkpoint_path, info, examples_path) as rows:
+        return {"examples_fingerprint": rows.shards.fingerprint}
 
 
 def learn_arrays(

@@ -10,17 +10,24 @@ import numpy as np
 import pytest
 from small_models import SOURCE, STEP, trained_state
 
+from growth import learned_checkpoint
 from growth.choices import Choices
-from growth.dense_maps import deviate, init_deltas
+from growth.dense_maps import MAPS, deviate, init_deltas
 from growth.evidence import draw_batches
-from growth.learned import apply_maps, learn_growth, pure_map_gradients
+from growth.grow import grow_checkpoint
+from growth.learned import apply_maps, count_training_flops, learn_growth, pure_map_gradients
+from growth.learned_checkpoint import learn_arrays
 from growth.mesh import grow_on_mesh
 from growth.operators import writes_stream
 from growth.state import grow_state
 from growth.t5 import plan_growth
+from launch.growth_events import plan_events
+from launch.growth_schedule import read_stage
 from t5pegasus.axes import dual_multipliers, logical_axis
-from t5pegasus.config import NUMERICS, DataConfig, MeshConfig, RunConfig, TrainConfig
-from t5pegasus.errors import DivergedError, UsageError
+from t5pegasus.checkpoint import load_checkpoint_info
+from t5pegasus.config import NUMERICS, DataConfig, MeshConfig, RunConfig, TrainConfig, read_json
+from t5pegasus.errors import ArtifactError, DivergedError, UsageError
+from t5pegasus.manifest import MANIFEST
 from t5pegasus.sharding import make_mesh
 
 MODEL = dataclasses.replace(SOURCE, vocab_size=42, num_heads=2)
@@ -141,9 +148,10 @@ def test_gradients_of_the_maps_are_differences_of_the_loss():
 
 
 def test_training_the_maps_lowers_the_loss(on_one_device):
-    losses = on_one_device.training.losses
-    assert len(losses) == 6
-    assert losses[-1] < losses[0] - 0.05
+    training = on_one_device.training
+    assert len(training.losses) == 6
+    assert training.lossless_loss == pytest.approx(training.losses[0], rel=1e-6)  # on the same batch
+    assert training.losses[-1] < training.lossless_loss - 0.05
     assert on_one_device.training.flops > 0
 
 
@@ -238,3 +246,41 @@ def test_a_loss_that_is_no_number_ends_the_training():
     broken = {name: np.full_like(array, np.nan) for name, array in state.parameters.items()}
     with pytest.raises(DivergedError, match="the loss is nan at update 0 of the maps"):
         learn_growth(state._replace(parameters=broken), plan(), RUN, batches(6), mesh_of(1, 1, 1))
+
+
+def test_a_checkpoint_grows_by_learned_maps(checkpoint_path, examples_path, tmp_path):
+    info = load_checkpoint_info(checkpoint_path)
+    target = dataclasses.replace(info.config.model, d_model=18)
+    choices = {"learned": {"steps": 2, "batch_size": 8}}
+    with pytest.raises(UsageError, match="trained on examples: give those of the checkpoint's run"):
+        grow_checkpoint(checkpoint_path, target, tmp_path / "grown", choices=choices)
+    made = grow_checkpoint(
+        checkpoint_path, target, tmp_path / "grown", choices=choices, examples_path=examples_path, receipt="logits"
+    )
+    receipt = made.receipt
+    assert (receipt.promise, receipt.arrays.structure, receipt.arrays.largest_error) == ("L", (), 0)
+    assert receipt.logits["float32"].maximum > 0
+    grown = load_checkpoint_info(made.path)
+    entry = grown.lineage[-1]
+    assert entry["plan"]["learned"]["steps"] == 2
+    assert entry["learning_flops"] == count_training_flops(made.growth, info.config) > 0
+    assert MAPS in read_json(made.path / MANIFEST)["files"]
+    with pytest.raises(ArtifactError, match="grown by another set of examples"):
+        grow_checkpoint(checkpoint_path, target, made.path, choices=choices, examples_path=examples_path / "heldout")
+
+
+def test_interrupted_learning_goes_on_with_the_maps_it_has(checkpoint_path, examples_path, tmp_path, monkeypatch):
+    info = load_checkpoint_info(checkpoint_path)
+    growth = plan_growth(
+        info.config.model, dataclasses.replace(info.config.model, d_ff=20), {"learned": {"steps": 2, "batch_size": 8}}
+    )
+    first = learn_arrays(checkpoint_path, info, growth, examples_path, tmp_path)
+    monkeypatch.setattr(learned_checkpoint, "train_maps", None)
+    again = learn_arrays(checkpoint_path, info, growth, examples_path, tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+
+
+def test_a_run_cannot_learn_maps_on_its_way():
+    stage = read_stage({"when": {"step": 3}, "to": {"d_ff": 22}, "plan": {"learned": {}}}, "schedule")
+    with pytest.raises(UsageError, match="which a run cannot do on its way"):
+        plan_events(RUN, [stage])
