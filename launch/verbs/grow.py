@@ -45,7 +45,7 @@ class Grow:
     """A preset (small, base, large, xl), or field=size pairs joined by commas."""
     plan: Path | None = None
     """JSON file that says how: {"axes": {"embed": "pad", "*.mlp": {"operator": "duplicate", "first_share": 0.7}, …},
-    "seed", "noise", "state", "dynamics", "learning_rate", "refactor"} (docs/growth.md)."""
+    "seed", "noise", "state", "dynamics", "learning_rate", "refactor", "learned"} (docs/growth.md)."""
     explain: bool = False
     """Print the plan as a table, with what it will take, and write nothing."""
     d_model: int | None = None

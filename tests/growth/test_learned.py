@@ -11,9 +11,10 @@ import pytest
 from small_models import SOURCE, STEP, trained_state
 
 from growth import learned_checkpoint
-from growth.choices import Choices
+from growth.choices import Choices, LearnedMaps
 from growth.dense_maps import MAPS, deviate, init_deltas
 from growth.evidence import draw_batches
+from growth.explain import explain
 from growth.grow import grow_checkpoint
 from growth.learned import apply_maps, count_training_flops, learn_growth, pure_map_gradients
 from growth.learned_checkpoint import learn_arrays
@@ -211,10 +212,14 @@ def test_learned_maps_are_no_exact_dynamics():
 
 def test_plans_say_what_is_learned_only_where_something_is():
     assert "learned" not in Choices().to_json()
+    assert "learned maps" not in explain(plan().lossless, ["parameters"])
+    table = explain(plan(), ["parameters"])
+    assert "promise: L, a change" in table
+    assert "learned maps: trained for 6 updates on the run's batches" in table
     choices = Choices.from_json({"learned": {"steps": 7}})
     assert choices.to_json()["learned"] == {
         "steps": 7,
-        "learning_rate": choices.learned.learning_rate,
+        "learning_rate": LearnedMaps().learning_rate,
         "batch_size": None,
     }
     assert Choices.from_json(choices.to_json()) == choices
