@@ -183,6 +183,25 @@ def test_random_entries_have_the_spread_of_the_old_ones_in_each_layer():
         np.testing.assert_allclose(spread, noise * np.sqrt(np.mean(np.square(louder), axis=(1, 2))), rtol=0.02)
 
 
+def test_random_readers_of_the_stream_have_the_spread_of_the_old_ones_after_scaling():
+    source, name = dataclasses.replace(SOURCE, d_model=64, d_ff=64), "encoder.layers.mlp.wi_0"
+    _, grown = grow(source, {"d_model": 256}, {"axes": {"embed": {"operator": "pad", "layout": "tail"}}})
+    old, new = grown.parameters[name][:, :64], grown.parameters[name][:, 64:]
+    np.testing.assert_allclose(old, trained_state(source).parameters[name] / 2, rtol=1e-15)
+    np.testing.assert_allclose(np.std(new), np.sqrt(np.mean(old**2)), rtol=0.02)
+
+
+def test_noise_along_two_axes_is_not_the_same():
+    source, name = dataclasses.replace(SOURCE, d_model=64), "encoder.layers.self_attention.out"
+    changes = {"num_heads": 6, "d_kv": 10}
+    quiet, noisy = (grow(source, changes, {"noise": each})[1].parameters[name] for each in (0.0, 1.0))
+    parts = (noisy - quiet).reshape(2, 3, 2, 5, 2, 64)  # head, copy, entry, copy
+    along_heads, along_entries = parts.mean(4)[:, :, 0], parts.mean(2)[..., 0, :]
+    assert np.std(along_heads) > 0.1 * np.std(parts)
+    assert np.std(along_entries) > 0.1 * np.std(parts)
+    assert abs(np.corrcoef(along_heads.ravel(), along_entries.ravel())[0, 1]) < 5 / along_heads.size**0.5
+
+
 @pytest.mark.parametrize("noise", [0.25, 1.0])
 def test_noise_parts_copies_as_strongly_as_the_plan_says(noise):
     source = dataclasses.replace(SOURCE, d_model=64, d_ff=64)
