@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from growth.acceptance import check_receipt
 from growth.evidence import load_evidence
 from growth.execution import execute_growth
 from growth.learned import count_training_flops
 from growth.learned_checkpoint import identify_learning, learn_arrays
 from growth.plan import Choices
-from growth.receipt import LEVELS, RECEIPT, Receipt, check_receipt
+from growth.receipt import LEVELS, RECEIPT, Receipt
 from growth.state import grow_state
 from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Request, measure_apart, peak_memory

@@ -14,11 +14,12 @@ import pytest
 
 import growth.gradients as growth_gradients
 import growth.operators as growth_operators
+from growth.acceptance import check_receipt, find_failures
 from growth.evidence import load_evidence
 from growth.execution import execute_growth
 from growth.gradients import check_gradients
 from growth.index_map import IndexMap
-from growth.receipt import LogitDifference, Receipt, check_receipt, find_failures
+from growth.receipt import LogitDifference, Receipt
 from growth.t5 import plan_growth
 from growth.verify import Request, measure_apart, measure_growth
 from t5pegasus.arrays import load_arrays, save_arrays
