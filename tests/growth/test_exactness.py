@@ -152,13 +152,13 @@ def log_sum(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize(
-    ("rows", "d_model"), [("mean", 17), ("mean", 24), ({"copy": 7}, 12), ([[3], [4, 5], [6], [0, 7, 40]], 24)]
+    ("rows", "stream"), [("mean", "duplicate"), ("mean", "pad"), ({"copy": 7}, "pad"), (PIECES["rows"], "duplicate")]
 )
-def test_new_tokens_take_the_mass_that_their_rows_say(profile, rows, d_model):
+def test_new_tokens_take_the_mass_that_their_rows_say(profile, rows, stream):
     source = dataclasses.replace(SOURCE, **PROFILES[profile])
     before = oracle_logits(source, trained_state(source).parameters, 41)
     operator = {"operator": "add", "rows": rows}
-    growth, grown = grow(source, {"vocab_size": 45, "d_model": d_model}, axes(vocab=operator))
+    growth, grown = grow(source, {"vocab_size": 45, "d_model": 17}, axes(vocab=operator, embed=stream))
     after = oracle_logits(growth.target, grown.parameters, 41)
     pieces = rows if isinstance(rows, list) else [range(41) if rows == "mean" else [7]] * 4
     begun = np.stack([before[:, list(each)].mean(1) for each in pieces], axis=1)  # logits are linear in the head
@@ -170,7 +170,7 @@ def test_new_tokens_take_the_mass_that_their_rows_say(profile, rows, d_model):
     if rows == "mean":
         assert np.all(loss_added <= np.log1p(4 / 41))
     masked, masked_state = grow(
-        source, {"vocab_size": 45, "d_model": d_model, "num_masked_tokens": 4}, axes(vocab=operator)
+        source, {"vocab_size": 45, "d_model": 17, "num_masked_tokens": 4}, axes(vocab=operator, embed=stream)
     )
     assert masked.plan.promise == "M"
     silent = oracle_logits(masked.target, masked_state.parameters, 41)
