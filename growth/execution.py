@@ -31,6 +31,7 @@ def execute_growth(
     identity: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
     learn: Callable[[Path], Mapping[str, np.ndarray]] | None = None,
+    tokenizer_path: Path | None = None,
 ) -> StreamReport:
     """Write the grown checkpoint; every process of a multi-process run calls it and writes its share of the chunks.
 
@@ -46,6 +47,7 @@ def execute_growth(
             add files; what it raises ends the growth, and if that is an error of this package nothing is left.
         learn: called by every process with the unfinished checkpoint before anything is written; gives arrays of the
             grown checkpoint that are made in another way, and may add files, which must be the same when called again.
+        tokenizer_path: tokenizer folder of the grown checkpoint; None: the source's.
 
     Raises:
         ArtifactError: if another growth was interrupted there, or the checkpoint has an array that cannot grow.
@@ -86,7 +88,9 @@ def execute_growth(
         synchronise(f"arrays {output_path}")
         if first:
             try:
-                commit_checkpoint(folder, output_path, info, checkpoint_path / "tokenizer", check, journal.read())
+                commit_checkpoint(
+                    folder, output_path, info, tokenizer_path or checkpoint_path / "tokenizer", check, journal.read()
+                )
             except T5PegasusError:
                 shutil.rmtree(unfinished)
                 raise

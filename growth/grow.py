@@ -1,8 +1,9 @@
 """Growth of a checkpoint on disk, with its receipt (of a training state in memory: `growth.state`)."""
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from growth.receipt import LEVELS, RECEIPT, Receipt
 from growth.state import grow_state
 from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Request, measure_apart, peak_memory
+from growth.vocabulary import ExtendedVocabulary, extend_vocabulary
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_checkpoint
 from t5pegasus.config import SCHEMA, ModelConfig, read_json, write_json
 from t5pegasus.errors import ArtifactError, UsageError, reading
@@ -76,6 +78,8 @@ def grow_checkpoint(
     choices: Choices | Mapping[str, Any] | None = None,
     examples_path: Path | None = None,
     receipt: str = "full",
+    tokens: Sequence[str] = (),
+    masked: bool = False,
 ) -> GrownCheckpoint:
     """Grow a checkpoint into one of the same form, and prove it: plan, grow, measure, give it its name.
 
@@ -95,6 +99,9 @@ def grow_checkpoint(
             None takes random tokens. Learned maps learn from the examples themselves.
         receipt: how much is measured: `full`; `logits`, without gradients and updates; or `arrays`, without either
             model in memory. It is noted in the receipt.
+        tokens: to add to tokenizer and vocabulary. The grown checkpoint's examples have to be built anew then, with its
+            tokenizer, and it trains on from their first row.
+        masked: whether these have no probability until they are opened (`num_masked_tokens`).
 
     Raises:
         UsageError: if the plan is refused, the examples have another tokenizer, or maps are to learn without any.
@@ -105,10 +112,27 @@ def grow_checkpoint(
     """
     if receipt not in LEVELS:
         raise UsageError(f"receipt={receipt!r} must be one of {', '.join(LEVELS)}")
-    checkpoint_path, fingerprint = _find_source(checkpoint_path)
+    checkpoint_path = find_checkpoint(checkpoint_path)
+    if not tokens:
+        return _grow(checkpoint_path, target, output_path, choices, examples_path, receipt, None)
+    with tempfile.TemporaryDirectory() as folder:
+        extended = extend_vocabulary(
+            checkpoint_path / "tokenizer", tokens, target, choices, Path(folder) / "tokenizer", masked=masked
+        )
+        return _grow(checkpoint_path, extended.target, output_path, extended.choices, examples_path, receipt, extended)
+
+
+def _grow(
+    checkpoint_path: Path, target: ModelConfig, output_path: Path, choices: Choices | Mapping[str, Any] | None,
+    examples_path: Path | None, receipt: str, extended: ExtendedVocabulary | None,
+) -> GrownCheckpoint:  # fmt: skip
     info = load_checkpoint_info(checkpoint_path)
     growth = plan_growth(info.config.model, target, choices, step=info.step, optimizer=info.config.optimizer)
-    identity = {"plan_hash": growth.hash, "source_fingerprint": fingerprint}
+    identity = {
+        "plan_hash": growth.hash,
+        "source_fingerprint": read_json(checkpoint_path / MANIFEST)["fingerprint"],
+        "tokenizer_fingerprint": extended.tokenizer_fingerprint if extended else info.tokenizer_fingerprint,
+    }
     identity |= identify_learning(checkpoint_path, info, growth, examples_path)
     entry = {"plan": growth.to_json(), **identity, "step": info.step}
     flops = info.flops
@@ -136,17 +160,19 @@ def grow_checkpoint(
 
     config = growth.change_config(info.config, info.step)
     grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry), flops=flops)
-    report = execute_growth(checkpoint_path, growth, output_path, grown_info, identity, check, learn)
+    tokenizer_path = checkpoint_path / "tokenizer"
+    if extended is not None:
+        tokenizer_path = extended.tokenizer_path
+        grown_info = dataclasses.replace(
+            grown_info, tokenizer_fingerprint=extended.tokenizer_fingerprint, examples_fingerprint=None
+        )
+    report = execute_growth(
+        checkpoint_path, growth, output_path, grown_info, identity, check, learn, tokenizer_path=tokenizer_path
+    )
     costs = costs._replace(**dataclasses.asdict(report))
     if costs.receipt_seconds is not None:  # in the process that measured
         write_json(costs_path(output_path), {"schema": SCHEMA, **costs._asdict()})
     return GrownCheckpoint(output_path, growth, _read_receipt(output_path), already_there=False, costs=costs)
-
-
-def _find_source(path: Path) -> tuple[Path, str]:
-    """The checkpoint that is meant, verified, and its fingerprint."""
-    found = find_checkpoint(path)
-    return found, read_json(found / MANIFEST)["fingerprint"]
 
 
 def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
@@ -160,13 +186,14 @@ def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
     names = (
         ("plan_hash", "plan"),
         ("source_fingerprint", "source checkpoint"),
+        ("tokenizer_fingerprint", "tokenizer"),
         ("examples_fingerprint", "set of examples"),
     )
     for key, what in names:
         if found.get(key) != entry.get(key):
             raise ArtifactError(
-                f"{output_path} is there already, grown by another {what}: {found[key][:12]}…, "
-                f"this is {entry[key][:12]}…; delete it, or choose another --output-path"
+                f"{output_path} is there already, grown by another {what}: {str(found.get(key))[:12]}…, "
+                f"this is {str(entry.get(key))[:12]}…; delete it, or choose another --output-path"
             )
     return _read_receipt(output_path)
 

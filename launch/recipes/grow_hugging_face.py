@@ -1,20 +1,25 @@
 """A Hugging Face folder of T5 or mT5 in, a larger one that computes the same out: import, grow, export."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from growth.choices import Choices
 from growth.grow import GrownCheckpoint, grow_checkpoint
 from t5pegasus.config import ModelConfig
-from t5pegasus.convert.hf import export_hf
+from t5pegasus.convert.hf import export_hf, list_losses
 from t5pegasus.convert.imported import import_foreign, require_free, save_imported
 from t5pegasus.convert.sources import open_source
 from t5pegasus.errors import UsageError
 
 
 def grow_hugging_face(
-    folder: Path, output_path: Path, aim: Callable[[ModelConfig], tuple[ModelConfig, Choices]]
+    folder: Path,
+    output_path: Path,
+    aim: Callable[[ModelConfig], tuple[ModelConfig, Choices]],
+    *,
+    tokens: Sequence[str] = (),
+    receipt: str = "full",
 ) -> tuple[GrownCheckpoint, Path]:
     """Grow a folder that transformers reads into one that it reads, too.
 
@@ -24,6 +29,8 @@ def grow_hugging_face(
         folder: of the source, with config.json, weights and tokenizer.
         output_path: folder to create.
         aim: the model there is → the config to reach, and how.
+        tokens: to add to tokenizer and vocabulary.
+        receipt: how much is measured, as in `grow_checkpoint`.
 
     Returns:
         What the growth did, with its receipt, and the folder.
@@ -43,11 +50,16 @@ def grow_hugging_face(
             f"the plan has learned maps, which are trained on examples, and {folder} has none; make a checkpoint of it "
             "first (t5pegasus convert), and grow that with --examples-path"
         )
+    if losses := list_losses(target):
+        raise UsageError(
+            f"{folder} cannot be grown to a folder for transformers: {'; '.join(losses)}; make a checkpoint of it first "
+            "(t5pegasus convert), and grow that"
+        )
     work = output_path.with_name(output_path.name + ".growing")
-    if not (work / "source").is_dir():
-        save_imported(imported, work / "source")
+    shutil.rmtree(work / "source", ignore_errors=True)  # of another source, perhaps; the same one gives the same bytes
+    save_imported(imported, work / "source")
     del imported, foreign
-    done = grow_checkpoint(work / "source", target, work / "grown", choices=choices)
+    done = grow_checkpoint(work / "source", target, work / "grown", choices=choices, tokens=tokens, receipt=receipt)
     path = export_hf(work / "grown", output_path)
     shutil.rmtree(work)
     return done, path

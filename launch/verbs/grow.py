@@ -96,13 +96,31 @@ def main(argv: list[str]) -> None:
             raise UsageError(
                 f"{args.checkpoint} is a Hugging Face folder, which is grown by one process; start it without launch"
             )
-        from launch.recipes.grow_hugging_face import grow_hugging_face
+        _grow_hugging_face(args)
+    else:
+        _grow(args)
 
-        done, folder = grow_hugging_face(args.checkpoint, _output_path(args), lambda model: _aim(args, model))
-        print(done)
-        print(f"Hugging Face folder: {folder}; its README.md says how transformers loads it")
-        return
-    _grow(args)
+
+def _grow_hugging_face(args: Grow) -> None:
+    from growth.explain import explain
+    from launch.recipes.grow_hugging_face import grow_hugging_face
+
+    if args.examples_path is not None:
+        raise UsageError(
+            f"--examples-path {args.examples_path} goes with a checkpoint, whose tokenizer it shares; leave it out, or make "
+            "a checkpoint of the folder first: t5pegasus convert"
+        )
+    done, folder = grow_hugging_face(
+        args.checkpoint,
+        _output_path(args),
+        lambda model: _aim(args, model),
+        tokens=_read_tokens(args),
+        receipt=args.receipt,
+    )
+    print(explain(done.growth, ["parameters"]))
+    print(f"receipt: {done.receipt}")
+    print(f"Hugging Face folder: {folder}; its README.md says how transformers loads it")
+    print(f"next: t5pegasus convert --check {shlex.quote(str(folder))}")
 
 
 def _grow(args: Grow) -> None:
@@ -121,7 +139,8 @@ def _grow(args: Grow) -> None:
         choices=choices,
         examples_path=args.examples_path,
         receipt=args.receipt,
-        **({} if args.add_tokens is None else {"add_tokens": args.add_tokens}),
+        tokens=_read_tokens(args),
+        masked=args.masked,
     )
     print(explain(done.growth, list_groups(checkpoint)))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
@@ -143,9 +162,9 @@ def _explain(args: Grow) -> str:
         config, step, groups = _read_description(args.checkpoint)
     target, choices = _aim(args, config.model)
     if args.add_tokens is not None:
-        from t5pegasus.text.tokenizer.added_tokens import read_tokens
+        from growth.vocabulary import add_to_vocabulary
 
-        target = add_to_vocabulary(target, len(read_tokens(args.add_tokens)), masked=args.masked)
+        target = add_to_vocabulary(target, len(_read_tokens(args)), masked=args.masked)
     growth = plan_growth(config.model, target, choices, step=step, optimizer=config.optimizer)
     return explain(growth, groups)
 
@@ -186,13 +205,10 @@ def _aim(args: Grow, source: ModelConfig) -> tuple[ModelConfig, "Choices"]:
     return target, Choices.from_json(fields, "plan" if args.plan is None else str(args.plan))
 
 
-def add_to_vocabulary(target: ModelConfig, count: int, *, masked: bool) -> ModelConfig:
-    """The config with so many more tokens."""
-    return dataclasses.replace(
-        target,
-        vocab_size=target.vocab_size + count,
-        num_masked_tokens=target.num_masked_tokens + (count if masked else 0),
-    )
+def _read_tokens(args: Grow) -> list[str]:
+    from t5pegasus.text.tokenizer.added_tokens import read_tokens
+
+    return [] if args.add_tokens is None else read_tokens(args.add_tokens)
 
 
 def growing_fields() -> tuple[str, ...]:
