@@ -52,8 +52,8 @@ def grow_hugging_face(
         )
     if losses := list_losses(target):
         raise UsageError(
-            f"{folder} cannot be grown to a folder for transformers: {'; '.join(losses)}; make a checkpoint of it first "
-            "(t5pegasus convert), and grow that"
+            f"{folder} cannot be grown to a folder for transformers: {'; '.join(losses)}; make a checkpoint of it "
+            "first (t5pegasus convert), and grow that"
         )
     work = output_path.with_name(output_path.name + ".growing")
     shutil.rmtree(work / "source", ignore_errors=True)  # of another source, perhaps; the same one gives the same bytes

@@ -107,8 +107,8 @@ def _grow_hugging_face(args: Grow) -> None:
 
     if args.examples_path is not None:
         raise UsageError(
-            f"--examples-path {args.examples_path} goes with a checkpoint, whose tokenizer it shares; leave it out, or make "
-            "a checkpoint of the folder first: t5pegasus convert"
+            f"--examples-path {args.examples_path} goes with a checkpoint, whose tokenizer it shares; leave it out, or "
+            "make a checkpoint of the folder first: t5pegasus convert"
         )
     done, folder = grow_hugging_face(
         args.checkpoint,
