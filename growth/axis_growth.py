@@ -28,7 +28,7 @@ PROMISES = {
     "B": "bitwise the same logits wherever kernels sum the source's entries in their old order",
     "R": "the same logits but for rounding",
     "M": "the same logits, and no weight on new tokens, while these are masked",
-    "L": "a change, which the receipt states",
+    "L": "another function, by as much as the receipt states",
 }
 """Class of what a plan promises of the function, from the strongest on."""
 

@@ -56,7 +56,7 @@ class Derivation:
         created = [
             (place, kind)
             for place, (kind, entry, each) in enumerate(zip(self._kinds, self._maps, index))
-            if entry is not None and entry.created[each] and not (kind == "rows" and not entry.mixtures)
+            if entry is not None and entry.created[each] and not self._is_trained(entry)
         ]
         if not self._is_weight:
             return got, self._moment(index, created), 0.0
@@ -72,6 +72,11 @@ class Derivation:
         if "rows" in treatments:
             return got, self._mean_rows(index, treatments["rows"]), 0.0
         return self._sum_copies(stored, index)
+
+    def _is_trained(self, entry: IndexMap) -> bool:
+        """Whether tokens that are opened were trained before: their embedding was, their part of a head was not."""
+        stream = [axis for kind, axis in zip(self._kinds, self._spec.axes) if kind == "stream"]
+        return entry.opens and (self._is_weight or not set(stream) <= set(self._spec.contracted))
 
     def _treat(self, place: int, kind: str) -> str:
         """What becomes of created entries of a parameter along one axis."""
@@ -120,10 +125,14 @@ class Derivation:
             if created or (copied and state == "asymmetric"):
                 return 0.0
             return self._scaled(index)
-        if any(kind in ("stream", "units") for _, kind in created):
+        begun = [place for place, kind in created if kind == "rows" and not self._opens(place)]
+        if len(begun) < len([kind for _, kind in created if kind in ("stream", "units", "rows")]):
             return self._outer_mean(index)
-        rows = [place for place, kind in created if kind == "rows"]
-        return self._mean_rows(index, rows[0]) if rows else self._scaled(index)
+        return self._mean_rows(index, begun[0]) if begun else self._scaled(index)
+
+    def _opens(self, place: int) -> bool:
+        entry = self._maps[place]
+        return entry is not None and entry.opens
 
     def _scaled(self, index: Sequence[int]) -> float:
         value = float(self._source[self._origin(index)])

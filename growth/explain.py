@@ -78,6 +78,8 @@ def _state_rule(each: AxisGrowth, state: str) -> str:
     """What becomes of moments along an axis."""
     if state == "reset":
         return "all zero"
+    if each.map.opens:
+        return "in the head: m 0, v mean"
     new = {
         "stream": "new: m 0, v mean",
         "units": "new: m 0, v mean",

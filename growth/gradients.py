@@ -105,6 +105,8 @@ def _sum_over_copies(growth: ModelGrowth, found: Arrays) -> dict[str, np.ndarray
     for name, spec in growth.specs.items():
         total = np.asarray(found[name])
         for place, axis, entry in _growing(spec, growth):
+            if entry.opens:
+                continue
             kept = np.flatnonzero(~entry.created)
             kept = kept[np.argsort(entry.sources[kept], kind="stable")]
             starts = np.searchsorted(entry.sources[kept], np.arange(entry.source_size))

@@ -40,6 +40,11 @@ class IndexMap:
         return len(self.sources)
 
     @property
+    def opens(self) -> bool:
+        """Whether the created entries are there already, and only their training begins: tokens that were masked."""
+        return self.size == self.source_size and bool(self.created.any())
+
+    @property
     def copied(self) -> np.ndarray:
         """bool: entries that repeat a source entry which an earlier entry is already."""
         first = np.zeros(self.size, bool)

@@ -101,13 +101,13 @@ def grow_moment(
             continue
         scales[axis] = dual_multipliers(axis, spec, maps[axis])[1] ** power
         kind, created = kinds[logical_axis(axis)], maps[axis].created
-        if kind == "rows" and not maps[axis].mixtures and writes_stream(spec, kinds):
+        if maps[axis].opens and writes_stream(spec, kinds):
             continue  # opened tokens have been read all the time
         fresh = created | maps[axis].copied if power < 2 and state == "asymmetric" and kind != "table" else created
         if power < 2 and fresh.any():
             masks[axis] = {"zero": fresh}
         elif created.any() and kind != "layers" and state != "reset":
-            masks[axis] = {"rows" if maps[axis].mixtures else "seeded": created}
+            masks[axis] = {"rows" if kind == "rows" and not maps[axis].opens else "seeded": created}
     grown = _assemble(name, spec, maps, scales, masks, {}, statistics, seed=0, noise=0.0, dtype=dtype, kinds=kinds)
     if state != "reset":
         return grown
@@ -129,7 +129,7 @@ def _treatment(axis: str, kind: str, spec: ParamSpec, maps: Maps, noise: float, 
     """What becomes of created entries along one axis of a parameter."""
     match kind:
         case "rows":
-            return "rows" if maps[axis].mixtures else "copy"
+            return "copy" if maps[axis].opens else "rows"
         case "layers":
             return "zero" if writes_stream(spec, kinds) else "copy"
         case "table":

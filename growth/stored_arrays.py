@@ -22,7 +22,6 @@ from t5pegasus.axes import AxisMultiplier, ParamSpec
 from t5pegasus.checkpoint import CheckpointInfo, has_optimizer_state, load_checkpoint_info
 from t5pegasus.chunks import StoredArray
 from t5pegasus.model.t5 import declare_parameters, init_parameters
-from t5pegasus.train.optimizer import Moments
 from t5pegasus.train.state import start_state, state_to_arrays
 
 _ENTRIES_PER_ARRAY = 32
@@ -95,7 +94,8 @@ def compare_structure(
         )
     )
     if not has_optimizer_state(checkpoint_path):
-        fresh = {name: each for name, each in fresh.items() if name.partition(".")[0] not in (*Moments._fields, "multipliers")}  # fmt: skip # noqa: E501
+        fresh = {name: each for name, each in fresh.items() if name.partition(".")[0] in ("parameters", "ema")}
+        fresh |= {name: source[name] for name in ("step", "rows") if name in source}  # a converted one has neither
     for name in sorted(fresh.keys() | grown.keys()):
         if name not in grown or name not in fresh:
             yield f"array {name} is {'surplus' if name in grown else 'absent'}"
