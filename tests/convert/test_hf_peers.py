@@ -23,6 +23,8 @@ from hf_models import (
 )
 from numpy_t5 import forward
 
+from growth.choices import Choices
+from launch.recipes.grow_hugging_face import grow_hugging_face
 from t5pegasus.config import ModelConfig
 from t5pegasus.convert.hf import export_hf, fold_scale
 from t5pegasus.convert.hf_tensors import parameters_to_hf
@@ -82,6 +84,18 @@ def test_a_lossy_export_computes_what_its_card_says(checkpoints, exported):
     parameters["lm_head"] = parameters["lm_head"] * np.float32(config.d_model**-0.5)
     ours = our_logits(config, parameters, *inputs)
     np.testing.assert_allclose(their_logits(exported["bert4keras"], *inputs), ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["hf-mt5", "t5-1.0", "tied, not scaled", "untied relu"])
+def test_a_folder_that_was_grown_gives_their_logits_of_before(exported, tmp_path: Path, name: str):
+    inputs = draw_inputs(MODEL.vocab_size)
+    sizes = {"d_model": 19, "d_ff": 33, "num_heads": 8, "d_kv": 5, "num_encoder_layers": 4, "num_decoder_layers": 3}
+    _, grown = grow_hugging_face(
+        exported[name], tmp_path / "grown", lambda model: (dataclasses.replace(model, **sizes), Choices()),
+        receipt="arrays",
+    )  # fmt: skip
+    before, after = (their_logits(folder, *inputs) for folder in (exported[name], grown))
+    np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
