@@ -7,7 +7,7 @@ from growth.axis_growth import PROMISES, AxisGrowth
 from growth.t5 import ModelGrowth
 from t5pegasus.model.t5 import count_parameters
 
-BYTES_PER_SECOND = 400e6
+BYTES_PER_SECOND = 800e6
 """What the surgery writes on two cores and a local disk, checksums included (benchmarks/RESULTS.md, out of core)."""
 RESIDENT_BYTES = 350e6
 """What it holds at most, whatever the model's size (the same benchmark)."""
