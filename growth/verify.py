@@ -29,9 +29,9 @@ from t5pegasus.arrays import load_arrays, open_arrays
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import load_checkpoint_info
 from t5pegasus.errors import ArtifactError, UsageError
-from t5pegasus.model.t5 import count_parameters
+from t5pegasus.model.t5 import count_parameters, declare_parameters
 from t5pegasus.progress import Progress
-from t5pegasus.train.state import arrays_to_state
+from t5pegasus.train.state import arrays_to_state, start_state
 
 _XLA_FLAGS = "--xla_allow_excess_precision=false"  # else fused bfloat16 is wider than it says
 
@@ -134,8 +134,12 @@ def _add_training(receipt: Receipt, request: Request, progress: Progress) -> Rec
             )
         progress.advance()
         optimizer = load_checkpoint_info(request.grown_path).config.optimizer
-        state = arrays_to_state(load_arrays(request.grown_path))
-        model = same_function(growth.source, growth.target)
+        arrays, model = load_arrays(request.grown_path), same_function(growth.source, growth.target)
+        if "step" in arrays:
+            state = arrays_to_state(arrays)
+        else:  # a converted checkpoint, of parameters only: training begins with a fresh state
+            parameters = _load_group(request.grown_path, "parameters")
+            state = start_state(parameters, declare_parameters(growth.target), optimizer)
         liveness = check_liveness(growth, model, optimizer, state, batch)
         progress.advance()
     return dataclasses.replace(receipt, gradients=gradients, logits=logits, liveness=liveness)
