@@ -1,7 +1,10 @@
 """What every test starts from: eight CPU devices, strict shapes, nothing left from earlier runs."""
 
+import gc
 import os
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,15 @@ settings.load_profile("same examples every time")
 DATA = Path(os.environ.get("T5PEGASUS_DATA") or REPOSITORY.parent / "shared" / "data")
 DATA_IS_REQUIRED = os.environ.get("T5PEGASUS_PARITY") == "required"
 PEERS_ARE_REQUIRED = os.environ.get("T5PEGASUS_PEERS") == "required"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Let go of what a module compiled: each program holds memory maps, of which Linux gives a process 65,530."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
