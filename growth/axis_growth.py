@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, tuple[str, ...]]] = {
     "units": {"duplicate": ("first_share",), "pad": ("layout",), "explicit": ("map",)},
     "layers": {"insert": ("at",), "stack": ("order",)},
     "rows": {"add": ("rows", "masked"), "open": ("count",)},
-    "table": {"refine": ("sources",)},
+    "table": {"refine": ("boundaries", "sources")},
 }
 _REFUSED = {
     "zero-gain": "blocks whose norms have gain 0 give their gated feed-forward no gradient for ever, and change the "
@@ -185,11 +185,9 @@ def _make_map(growth: AxisGrowth) -> IndexMap:
         case "rows", "add":
             return add_rows(source, _read_mixtures(growth, options.get("rows", "mean")))
         case "rows", "open":
-            entries = np.arange(source)
-            ones = np.ones(source)
-            return IndexMap(entries.astype(np.int32), ones, ones, entries >= source - options["count"], source)
+            return _open_rows(growth, options.get("count"))
         case "table", "refine":
-            return select_rows(source, options["sources"])
+            return select_rows(source, _read_sources(growth, options.get("sources")))
         case _, "explicit":
             return read_explicit_map(f"plan: axis {growth.axis}: map", growth.kind, source, target, options.get("map"))
         case kind, name:
@@ -246,6 +244,22 @@ def _read_mixtures(growth: AxisGrowth, rows: Any) -> tuple[tuple[int, ...] | Non
             f"{growth.source}, the pieces of each new one"
         )
     return tuple(tuple(each) for each in rows)
+
+
+def _open_rows(growth: AxisGrowth, count: Any) -> IndexMap:
+    if not _are_rows([count], growth.source):
+        raise UsageError(f"plan: axis {growth.axis}: count={count!r} must be a number of rows below {growth.source}")
+    entries, ones = np.arange(growth.source), np.ones(growth.source)
+    return IndexMap(entries.astype(np.int32), ones, ones, entries >= growth.source - count, growth.source)
+
+
+def _read_sources(growth: AxisGrowth, sources: Any) -> Sequence[int]:
+    if not (_are_rows(sources, growth.source) and len(sources) == growth.target):
+        raise UsageError(
+            f"plan: axis {growth.axis}: sources must be a list of {growth.target} rows below {growth.source}, the one "
+            "that each row is a copy of"
+        )
+    return sources
 
 
 def _are_rows(rows: Any, source: int) -> bool:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from t5pegasus.errors import UsageError
@@ -101,6 +102,11 @@ class Choices:
             implied = {"noise": 0.0, "learning_rate": LearningRatePolicy("keep")}
             choices = dataclasses.replace(choices, **{k: v for k, v in implied.items() if k not in fields})
         return choices
+
+    def find_operator(self, axis: str) -> Operator | None:
+        """What the last pattern that fits an axis says of it; None where none fits."""
+        fitting = [each for pattern, each in self.axes.items() if fnmatchcase(axis, pattern)]
+        return fitting[-1] if fitting else None
 
     def to_json(self) -> dict[str, Any]:
         """The inverse of `from_json`; without learned maps there is no such field."""

@@ -104,7 +104,8 @@ def grow_checkpoint(
         masked: whether these have no probability until they are opened (`num_masked_tokens`).
 
     Raises:
-        UsageError: if the plan is refused, the examples have another tokenizer, or maps are to learn without any.
+        UsageError: if the plan is refused, the output lies in the source, the examples have another tokenizer, or maps
+            are to learn without any.
         DivergedError: if the loss of learned maps is not finite.
         ArtifactError: if the checkpoint is damaged, the output path holds something else, or the grown model is not
             what its plan promises (see `check_receipt`).
@@ -113,6 +114,11 @@ def grow_checkpoint(
     if receipt not in LEVELS:
         raise UsageError(f"receipt={receipt!r} must be one of {', '.join(LEVELS)}")
     checkpoint_path = find_checkpoint(checkpoint_path)
+    if output_path.resolve().is_relative_to(checkpoint_path.resolve()):
+        raise UsageError(
+            f"the output {output_path} lies in the checkpoint that is to grow, {checkpoint_path}, which must stay as "
+            "it is; choose another --output-path, outside of it"
+        )
     if not tokens:
         return _grow(checkpoint_path, target, output_path, choices, examples_path, receipt, None)
     with tempfile.TemporaryDirectory() as folder:
@@ -179,7 +185,7 @@ def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:
     """The receipt of a growth that is finished, if it is this very one."""
     if not (output_path / RECEIPT).is_file():
         raise ArtifactError(
-            f"{output_path} exists and is no grown checkpoint; delete it, or choose another --output-path"
+            f"{output_path} exists and is no grown checkpoint; choose another --output-path, or move it out of the way"
         )
     verify_checkpoint(output_path)
     found = load_checkpoint_info(output_path).lineage[-1]

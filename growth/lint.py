@@ -66,7 +66,9 @@ def _check_breakers(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
     if choices.noise > 0:
         return
     has_momentum = optimizer is None or optimizer.beta1 > 0
-    parts_copies = choices.learning_rate.policy == "rewarm" or (choices.state == "asymmetric" and has_momentum)
+    rate = choices.learning_rate
+    has_own_rate = rate.policy == "rewarm" and (rate.peak != 1 or rate.steps > 1)
+    parts_copies = has_own_rate or (choices.state == "asymmetric" and has_momentum)
     for each in plan.axes:
         if each.kind not in ("stream", "units"):
             continue
@@ -75,8 +77,14 @@ def _check_breakers(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
                 f"axis {each.axis}: with noise=0 what writes its new entries and what reads them is both zero, and so "
                 "is every gradient, for ever; give noise=1, or dynamics=exact if they are to stay silent"
             )
+        if parts_copies and each.map.copies.max() > 2:
+            raise UsageError(
+                f"axis {each.axis}: with noise=0 copies part from what they are copies of, but not from each other, "
+                f"and here are up to {each.map.copies.max() - 1} of one entry; give noise=1, or grow twofold at a time"
+            )
         if each.map.copied.any() and not parts_copies:
-            ways = "noise=1, learning_rate=rewarm" + (" or state=asymmetric" if has_momentum else "")
+            own_rate = "learning_rate=rewarm" if rate.policy != "rewarm" else "learning_rate.peak=1.3"
+            ways = f"noise=1, {own_rate}" + (" or state=asymmetric" if has_momentum else "")
             raise UsageError(
                 f"axis {each.axis}: with noise=0, state={choices.state} and "
                 f"learning_rate={choices.learning_rate.policy} its copies get equal updates for ever and are no new "

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from growth.gradients import grown_gradients
+from growth.index_map import IndexMap
 from growth.operators import KINDS
 from growth.receipt import Liveness
 from growth.t5 import ModelGrowth
@@ -65,10 +66,10 @@ def _widen(array: Any) -> jax.Array:
 
 def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapping[str, Any]) -> Liveness:
     entry = growth.plan.maps[axis]
-    created, copied = np.flatnonzero(entry.created), np.flatnonzero(entry.copied)
+    created = np.flatnonzero(entry.created)
     alive, silent = np.ones(len(created), bool), []
-    parted = np.zeros(len(copied), bool)
-    firsts = np.array([np.flatnonzero((entry.sources == source) & ~entry.created)[0] for source in entry.sources[copied]], int)  # fmt: skip # noqa: E501
+    copies, earlier = _pair_copies(entry)
+    parted = np.zeros(len(copies), bool)
     kind = KINDS[logical_axis(axis)]
     for name, spec in growth.specs.items():
         if axis not in spec.axes:
@@ -78,16 +79,33 @@ def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapp
         alive &= reached
         if len(created) and not reached.any():
             silent.append(name)
-        if len(copied) and kind != "layers" and axis not in spec.contracted and not spec.gain:
+        if len(copies) and kind != "layers" and axis not in spec.contracted and not spec.gain:
             way = np.moveaxis(ways[name], place, 0).reshape(entry.size, -1)
             way = way / entry.written[:, None]
-            distance = np.linalg.norm(way[copied] - way[firsts], axis=1)
-            parted |= distance > _PARTED * np.linalg.norm(way[firsts], axis=1)
+            size = np.linalg.norm(way, axis=1)
+            for pair, (copy, other) in enumerate(zip(copies, earlier)):
+                parted[pair] |= np.linalg.norm(way[copy] - way[other]) > _PARTED * size[other]
     stacked = kind == "layers"  # copies of layers stand at other places: nothing holds them together
+    copied = {*copies} if not stacked else set()
+    alike = {*copies[~parted], *earlier[~parted]}
     return Liveness(
-        created=len(created), alive=int(alive.sum()), silent_parameters=tuple(silent),
-        copied=0 if stacked else len(copied), parted=0 if stacked else int(parted.sum()),
-    )  # fmt: skip
+        created=len(created),
+        alive=int(alive.sum()),
+        silent_parameters=tuple(silent),
+        copied=len(copied),
+        parted=len(copied - alike),
+    )
+
+
+def _pair_copies(entry: IndexMap) -> tuple[np.ndarray, np.ndarray]:
+    """Each copy with every earlier entry that is the same source entry."""
+    pairs = [
+        (copy, other)
+        for copy in np.flatnonzero(entry.copied)
+        for other in np.flatnonzero((entry.sources[:copy] == entry.sources[copy]) & ~entry.created[:copy])
+    ]
+    copies, earlier = np.array(pairs, int).reshape(-1, 2).T
+    return copies, earlier
 
 
 @functools.partial(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from growth.axis_growth import OPTIONS, PROMISES, AxisGrowth, JoinedGrowth, settle_operator
-from growth.choices import Choices, Operator
+from growth.choices import Choices
 from growth.index_map import IndexMap
 from growth.operators import KINDS
 from t5pegasus.axes import logical_axis
@@ -122,16 +122,12 @@ def plan_axes(
     Raises:
         UsageError: if an axis would shrink, nothing grows, or an operator does not fit.
     """
-    axes, used = [], set()
+    axes = []
     for axis, source in sources.items():
         target = targets[axis]
         if target < source:
             raise UsageError(f"axis {axis} would shrink from {source} to {target}, and growth never shrinks")
-        operator: Operator | None = None
-        for pattern, each in choices.axes.items():
-            if fnmatchcase(axis, pattern):
-                used.add(pattern)
-                operator = each
+        operator = choices.find_operator(axis)
         if target == source and (operator is None or operator.get("operator") != "open"):
             continue
         kind = kinds.get(logical_axis(axis))
@@ -143,7 +139,7 @@ def plan_axes(
             )
         axes.append(AxisGrowth(axis, kind, source, target, settle_operator(axis, kind, operator)))
     for pattern in choices.axes:
-        if pattern not in used:
+        if not any(fnmatchcase(axis, pattern) for axis in sources):
             near = difflib.get_close_matches(pattern, sources, n=1)
             raise UsageError(
                 f"plan: pattern {pattern!r} fits no axis of this model"

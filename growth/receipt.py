@@ -106,7 +106,7 @@ class Liveness:
     """Parameters of which no gradient reached any created entry."""
     copied: int
     parted: int
-    """Copies that have moved otherwise than what they are copies of."""
+    """Copies that have moved otherwise than what they are copies of, and than other copies of it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from growth.choices import Choices, Operator
 from growth.leaves import WEIGHTS
 from growth.lint import OptimizerFacts, check_plan
 from growth.moments import factor_second_moment, split_factors
-from growth.plan import Choices, GrowthPlan, plan_axes
+from growth.plan import GrowthPlan, plan_axes
 from t5pegasus.axes import MomentSpec, ParamSpec
 from t5pegasus.config import ModelConfig, OptimizerConfig, RunConfig
 from t5pegasus.errors import UsageError
@@ -28,6 +29,10 @@ GROWING_FIELDS = (
     "num_masked_tokens",
 )
 """The config fields that growth can change."""
+
+
+_FIELDS_OF = {"open": "num_masked_tokens", "refine": "relative_attention_boundaries"}
+"""Operators that a plan cannot choose, because a field of the config decides them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -154,11 +159,15 @@ def _axis_sizes(specs: Mapping[str, ParamSpec]) -> dict[str, int]:
 
 def _complete(choices: Choices, source: ModelConfig, target: ModelConfig) -> Choices:
     """The choices with what only the configs say of tables: which buckets are split, which tokens masked or opened."""
-    axes = dict(choices.axes)
+    axes: dict[str, Any] = {}
     if source.relative_attention_boundaries != target.relative_attention_boundaries:
         for stack in ("encoder", "decoder"):
             rows = refined_bucket_sources(source, target, stack)
-            axes[f"{stack}.relpos_buckets"] = {"operator": "refine", "sources": [int(row) for row in rows]}
+            axes[f"{stack}.relpos_buckets"] = {
+                "operator": "refine",
+                "boundaries": list(target.relative_attention_boundaries),
+                "sources": [int(row) for row in rows],
+            }
     new, masked = target.vocab_size - source.vocab_size, target.num_masked_tokens - source.num_masked_tokens
     if new:
         if masked not in (0, new) or (source.num_masked_tokens and not masked):
@@ -167,7 +176,7 @@ def _complete(choices: Choices, source: ModelConfig, target: ModelConfig) -> Cho
                 f"beside the {source.num_masked_tokens} that are; give {source.num_masked_tokens + new}, or open the "
                 "masked ones first"
             )
-        axes["vocab"] = {"operator": "add", "rows": "mean", **axes.get("vocab", {}), "masked": masked == new}
+        axes["vocab"] = {"operator": "add", "rows": "mean", **rows_given(choices), "masked": masked == new}
     elif masked > 0:
         raise UsageError(
             f"num_masked_tokens={target.num_masked_tokens} is more than the checkpoint's {source.num_masked_tokens}, "
@@ -177,7 +186,21 @@ def _complete(choices: Choices, source: ModelConfig, target: ModelConfig) -> Cho
         if target.num_masked_tokens:
             raise UsageError(f"num_masked_tokens={target.num_masked_tokens}: open all masked tokens at once, by 0")
         axes["vocab"] = {"operator": "open", "count": -masked}
-    return dataclasses.replace(choices, axes=axes)
+    for pattern, given in choices.axes.items():
+        field = _FIELDS_OF.get(str(given.get("operator")))
+        if field is not None and axes.get(pattern) != given:
+            raise UsageError(
+                f"plan: axes: {pattern}: operator {given['operator']!r} follows from the target's {field}; leave it "
+                f"out of the plan, and give {field}"
+            )
+    kept = {pattern: given for pattern, given in choices.axes.items() if pattern not in axes}
+    return dataclasses.replace(choices, axes=kept | axes)
+
+
+def rows_given(choices: Choices) -> Operator:
+    """What a plan says of new tokens: by the last pattern that fits the vocabulary and adds rows, or by its name."""
+    given = choices.find_operator("vocab") or {}
+    return given if given.get("operator") == "add" else choices.axes.get("vocab", {})
 
 
 def _facts(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from growth.choices import Choices
+from growth.t5 import rows_given
 from t5pegasus.config import ModelConfig
 from t5pegasus.text.tokenizer import load_tokenizer
 from t5pegasus.text.tokenizer.added_tokens import add_tokens
@@ -46,7 +47,7 @@ def extend_vocabulary(
     pieces = add_tokens(tokenizer_path, tokens, output_path)
     if not isinstance(choices, Choices):
         choices = Choices.from_json(choices or {})
-    vocab = {"operator": "add", "rows": [list(each) for each in pieces], **choices.axes.get("vocab", {})}
+    vocab = {"operator": "add", "rows": [list(each) for each in pieces], **rows_given(choices)}
     return ExtendedVocabulary(
         add_to_vocabulary(target, len(tokens), masked=masked),
         dataclasses.replace(choices, axes={**choices.axes, "vocab": vocab}),

@@ -110,6 +110,11 @@ def _grow_hugging_face(args: Grow) -> None:
             f"--examples-path {args.examples_path} goes with a checkpoint, whose tokenizer it shares; leave it out, or "
             "make a checkpoint of the folder first: t5pegasus convert"
         )
+    if args.masked:
+        raise UsageError(
+            f"--masked: {args.checkpoint} grows into a folder for transformers, which knows no masked tokens; leave it "
+            "out, or make a checkpoint of the folder first: t5pegasus convert"
+        )
     done, folder = grow_hugging_face(
         args.checkpoint,
         _output_path(args),

@@ -104,6 +104,13 @@ def test_a_finished_growth_run_again_says_so_and_another_one_is_refused(
     assert all_bytes(grown.path) == before
 
 
+def test_the_source_is_no_place_for_the_output(checkpoint_path, target):
+    for output_path in (checkpoint_path, checkpoint_path / "grown", checkpoint_path / "arrays" / ".." / "grown"):
+        with pytest.raises(UsageError, match=r"lies in the checkpoint that is to grow.*choose another --output-path"):
+            grow_checkpoint(checkpoint_path, target, output_path, receipt="arrays")
+    verify_checkpoint(checkpoint_path)
+
+
 def test_a_checkpoint_without_optimizer_state_grows_too(converted_path, target, tmp_path):
     done = grow_checkpoint(converted_path, target, tmp_path / "grown", receipt="arrays")
     assert (done.receipt.level, done.receipt.logits) == ("arrays", {})

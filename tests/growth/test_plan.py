@@ -146,6 +146,27 @@ def test_what_tables_need_beside_sizes_is_refused_in_words():
         plan(source=MASKED, num_masked_tokens=2)
 
 
+@pytest.mark.parametrize(
+    ("choices", "field"),
+    [
+        (axes(vocab="open"), "num_masked_tokens"),
+        (axes(**{"v*": {"operator": "open", "count": 3}}), "num_masked_tokens"),
+        (axes(**{"*.relpos_buckets": "refine"}), "relative_attention_boundaries"),
+        (axes(**{"encoder.relpos_buckets": {"operator": "refine", "sources": [0]}}), "relative_attention_boundaries"),
+    ],
+)
+def test_what_the_config_decides_is_no_choice_of_a_plan(choices, field):
+    with pytest.raises(UsageError, match=f"follows from the target's {field}; leave it out of the plan"):
+        plan(choices, d_model=1024, relative_attention_boundaries=(256,))
+
+
+def test_new_rows_begin_as_the_last_pattern_says():
+    growth = plan(axes(**{"voc*": {"operator": "add", "rows": {"copy": 7}}, "*": "pad"}), vocab_size=50002, d_ff=4096)
+    assert growth.plan.maps["vocab"].mixtures == (None, None)  # "*" fits, too, and does not add
+    growth = plan(axes(**{"*": "pad", "voc*": {"operator": "add", "rows": {"copy": 7}}}), vocab_size=50002, d_ff=4096)
+    assert growth.plan.maps["vocab"].mixtures == ((7,), (7,))
+
+
 def test_the_hash_tells_plans_apart_and_nothing_else():
     first = plan(d_model=1024)
     assert first.hash == plan(d_model=1024).hash == plan({"seed": 0, "axes": {}}, d_model=1024).hash
@@ -156,8 +177,10 @@ def test_the_hash_tells_plans_apart_and_nothing_else():
         plan(axes(embed="pad"), d_model=1024),
         plan({"learning_rate": "keep"}, d_model=1024),
         plan(d_model=1024, d_ff=4096),
+        plan(relative_attention_boundaries=(256,)),
+        plan(relative_attention_boundaries=(512,)),
     ]
-    assert len({first.hash, *(other.hash for other in others)}) == 7
+    assert len({first.hash, *(other.hash for other in others)}) == 9
 
 
 def test_a_plan_is_json_that_reads_back_as_the_same_plan():

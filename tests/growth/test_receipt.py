@@ -270,6 +270,17 @@ def test_other_numerics_pass_the_whole_receipt(tmp_path, family):
 
 
 @pytest.mark.slow
+def test_copies_that_stay_like_each_other_are_seen(checkpoint_path, tmp_path, monkeypatch):
+    # With a rate of their own, two copies of one unit part from it, and never from each other.
+    monkeypatch.setattr("growth.t5.check_plan", lambda *_: [])  # which refuses that
+    changes = {"d_ff": 3 * MODEL.d_ff, "num_heads": 4}
+    receipt = Grown(checkpoint_path, tmp_path / "grown", changes, {"noise": 0.0}).measure("full")
+    for axis, parted in (("encoder.mlp", 0), ("encoder.self.heads", 2)):
+        assert receipt.liveness[axis].parted == parted
+    assert any("liveness: after two updates 0 of 32 copies along axis encoder.mlp" in f for f in find_failures(receipt))
+
+
+@pytest.mark.slow
 def test_exact_dynamics_passes_without_new_capacity(checkpoint_path, tmp_path):
     grown = Grown(checkpoint_path, tmp_path / "grown", {"d_model": 24, "d_ff": 24}, {"dynamics": "exact"})
     receipt = grown.measure("full")

@@ -127,9 +127,13 @@ def load_tokenizer_of(folder: Path, size: int) -> WordpieceTokenizer:
     return WordpieceTokenizer(lines)
 
 
-def test_what_a_folder_for_transformers_cannot_hold_is_refused_before_anything_grows(checkpoint, tmp_path):
+def test_what_a_folder_for_transformers_cannot_hold_is_refused_before_anything_grows(checkpoint, tmp_path, capsys):
     folder = export_hf(checkpoint, tmp_path / "hf")
     target = dataclasses.replace(read_hf(folder).model, relative_attention_boundaries=(30,))
     with pytest.raises(UsageError, match="cannot be grown to a folder for transformers"):
         grow_hugging_face(folder, tmp_path / "grown", lambda _: (target, Choices()))
+    words = tmp_path / "words.txt"
+    words.write_text("天地\n", encoding="utf-8")
+    assert cli.main(["grow", str(folder), str(tmp_path / "grown"), "--add-tokens", str(words), "--masked"]) == 2
+    assert "which knows no masked tokens" in capsys.readouterr().err
     assert not list(tmp_path.glob("grown*"))
