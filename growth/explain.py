@@ -11,6 +11,8 @@ BYTES_PER_SECOND = 800e6
 """What the surgery writes on two cores and a local disk, checksums included (benchmarks/RESULTS.md, out of core)."""
 RESIDENT_BYTES = 350e6
 """What it holds at most, whatever the model's size (the same benchmark)."""
+RECEIPT_BYTES = {"full": 600e6, "logits": 350e6, "arrays": 200e6}
+"""What the receipt's process takes by itself, compiled programs included: measured at d_model 12."""
 _COLUMNS = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
 
 
@@ -46,8 +48,9 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
         f"surgery: reads {_bytes(4 * before * len(groups))}, writes {_bytes(written)} ({' + '.join(groups)}), "
         f"about {_seconds(written / BYTES_PER_SECOND)} on two cores and a local disk, "
         f"at most {_bytes(RESIDENT_BYTES)} of memory",
-        f"receipt: about {_bytes(100 * after)} of memory, in a process of its own; {_bytes(20 * after)} with "
-        "--receipt logits, and a few times the largest array with --receipt arrays",
+        f"receipt: about {_bytes(RECEIPT_BYTES['full'] + 100 * after)} of memory, in a process of its own; "
+        f"{_bytes(RECEIPT_BYTES['logits'] + 20 * after)} with --receipt logits, and with --receipt arrays "
+        f"{_bytes(RECEIPT_BYTES['arrays'])} and a few times the largest array",
     ]
     if choices.learned is not None:
         rows = "the run's batches" if choices.learned.batch_size is None else f"{choices.learned.batch_size} rows"

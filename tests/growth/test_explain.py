@@ -1,0 +1,40 @@
+"""`--explain`: the whole plan as a table, from the checkpoint's description alone."""
+
+import shutil
+
+import pytest
+
+from launch import cli
+
+HEAD = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
+
+
+def explain(capsys: pytest.CaptureFixture, *argv: object) -> str:
+    assert cli.main(["grow", *map(str, argv), "--explain"]) == 0
+    return capsys.readouterr().out
+
+
+def test_each_axis_has_its_sizes_operator_promise_breaker_and_rule_for_moments(capsys):
+    table = explain(capsys, "base", "--to", "d_model=1000,d_ff=4096,num_decoder_layers=14")
+    lines = table.splitlines()
+    assert tuple(cell.strip() for cell in lines[1].split("  ") if cell) == HEAD
+    rows = {line.split("  ")[1].strip(): line for line in lines[2:5]}
+    for axes, cells in {
+        "decoder.layers": ("12 → 14", "insert, at=interposed", "  B  ", "copied readers", "v of the copied layer"),
+        "decoder.mlp, encoder.mlp": ("2,048 → 4,096", "duplicate", "  R  ", "noise that cancels", "r·m, r²·v"),
+        "embed": ("768 → 1,000", "duplicate (some)", "  R  ", "noise that cancels", "r·m, r²·v"),
+    }.items():
+        assert all(cell in rows[axes] for cell in cells), rows[axes]
+    for what in ("promise: R, ", "learning rate: ", "parameters: ", "surgery: reads ", "receipt: about "):
+        assert f"\n{what}" in table
+    assert "parameters + first_moment + second_moment" in table
+
+
+def test_it_reads_no_array_and_writes_nothing(checkpoint_path, tmp_path, capsys):
+    folder = shutil.copytree(checkpoint_path, tmp_path / "source")
+    wanted = explain(capsys, folder, "--to", "d_model=17")
+    for file in folder.glob("arrays/*/c/**/*"):
+        if file.is_file():
+            file.unlink()
+    assert explain(capsys, folder, "--to", "d_model=17") == wanted
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
