@@ -214,7 +214,7 @@ def test_plans_say_what_is_learned_only_where_something_is():
     assert "learned" not in Choices().to_json()
     assert "learned maps" not in explain(plan().lossless, ["parameters"])
     table = explain(plan(), ["parameters"])
-    assert "promise: L, a change" in table
+    assert "promise: L, another function" in table
     assert "learned maps: trained for 6 updates on the run's batches" in table
     choices = Choices.from_json({"learned": {"steps": 7}})
     assert choices.to_json()["learned"] == {
