@@ -462,8 +462,12 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UsageError(f"{path} does not exist") from None
+    except IsADirectoryError:
+        raise UsageError(f"{path} is a folder, a JSON file was wanted") from None
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is not valid JSON ({error}); it may be cut off: write it anew") from None
+        raise UsageError(
+            f"{path} is not valid JSON ({error}); correct it, or if it was cut off, write it anew"
+        ) from None
     _require(isinstance(value, dict), f"{path} holds a JSON {type(value).__name__}, an object was wanted")
     return value
 

@@ -82,11 +82,11 @@ def format_statistics(manifest: dict[str, Any]) -> str:
     """The manifest's account of documents, examples and tokens, as lines for people."""
     documents = manifest["documents"]
     num_tokens = manifest["num_source_tokens"] + manifest["num_target_tokens"]
-    num_examples = manifest["num_examples"]
+    num_examples, shards = manifest["num_examples"], len(manifest["shards"])
     lines = [f"documents  {documents['read']:,} read, {documents['kept']:,} kept, {documents['heldout']:,} held out"]
     lines += [f"           {count:,} dropped: {reason}" for reason, count in documents["dropped"].items()]
     lines += [
-        f"examples   {num_examples:,} in {len(manifest['shards'])} shards",
+        f"examples   {num_examples:,} in {shards} {'shard' if shards == 1 else 'shards'}",
         f"tokens     {num_tokens:,}: {manifest['num_source_tokens'] / num_examples:.1f} per source (longest "
         f"{manifest['max_source_tokens']}), {manifest['num_target_tokens'] / num_examples:.1f} per target (longest "
         f"{manifest['max_target_tokens']}), {100 * manifest['num_unknown_tokens'] / num_tokens:.2f} % unknown",

@@ -112,7 +112,8 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
         return
     info = load_checkpoint_info(find_last_good(run_path) or checkpoint)
     if info.history:
-        losses = ", ".join(f"{entry['loss']:.4f} at step {entry['step']}" for entry in info.history[-3:])
+        last_at = {entry["step"]: entry["loss"] for entry in info.history}  # a grown run begins with its source's step
+        losses = ", ".join(f"{loss:.4f} at step {step}" for step, loss in list(last_at.items())[-3:])
         print(f"held-out loss: {losses}")
     train = info.config.train
     score = train.keep_best

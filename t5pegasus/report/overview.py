@@ -116,7 +116,7 @@ def _growth(chain: Sequence[Run]) -> Markup:
     found = receipt["logits"].get("float32")
     if found is None:
         return _tile("Growth", "模型扩展", "arrays verified", "neither model was evaluated")
-    ratio = "" if found["ratio"] is None else f", {found['ratio']:.2f} × the rounding floor"
+    ratio = "" if found["ratio"] is None else f", {found['ratio']:.2f} × the permutation floor"
     note = f"max |Δlogit|{ratio}; ΔNLL {show_difference(receipt['nll_difference'])}"
     return _tile("Growth", "模型扩展", f"{found['maximum']:.1e}", note)
 

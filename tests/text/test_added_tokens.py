@@ -144,6 +144,13 @@ def test_what_would_never_be_read_is_refused(tmp_path, kind, token, why):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize(("dictionary", "way_out"), [(True, "jieba's own dictionary"), (False, "takes no Han words")])
+def test_a_refusal_says_which_han_words_there_could_be(tmp_path, dictionary, way_out):
+    WordpieceTokenizer(VOCABULARY, dictionary=dictionary).save(tmp_path / "old")
+    with pytest.raises(UsageError, match=way_out):
+        add_tokens(tmp_path / "old", ["大语言模型"], tmp_path / "new")
+
+
 def test_tokens_given_twice_are_refused_and_many_faults_are_counted(tmp_path):
     old = WordpieceTokenizer(VOCABULARY)
     old.save(tmp_path / "old")

@@ -64,7 +64,7 @@ def add_tokens(tokenizer_path: Path, tokens: Sequence[str], output_path: Path) -
         more = f"; and {len(refused) - _SHOWN} more" if len(refused) > _SHOWN else ""
         raise UsageError(
             f"{len(refused)} of {len(tokens)} tokens cannot be added to the {old.kind} tokenizer {tokenizer_path}: "
-            f"{'; '.join(reasons)}{more}. Leave them out, or correct them"
+            f"{'; '.join(reasons)}{more}. Leave them out, or correct them{_scope(old)}"
         )
     made_by = {"added_tokens": len(tokens), "to_tokenizer": old.fingerprint}
     _extend(old, tokens).save(output_path, made_by)
@@ -95,6 +95,15 @@ def refuse_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> dict[str, str]
             parts = " | ".join(extended.token(each) for each in ids)
             refused[token] = f"would never be used, because it is cut into {parts or 'nothing'} before it is looked up"
     return refused
+
+
+def _scope(tokenizer: Tokenizer) -> str:
+    """Which Han words a tokenizer can take, as the end of a sentence."""
+    if not isinstance(tokenizer, WordpieceTokenizer):
+        return ""
+    if tokenizer.kind == "bert":
+        return "; a bert tokenizer reads every Han character alone, and takes no Han words"
+    return "; of Han words a wordpiece tokenizer takes those that jieba's own dictionary cuts out, and no others"
 
 
 def _find_fault(tokenizer: Tokenizer, token: str) -> str | None:
