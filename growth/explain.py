@@ -1,6 +1,8 @@
 """A plan as a table, with what it will take; nothing of the checkpoint but its description is read."""
 
+import itertools
 import math
+import textwrap
 from collections.abc import Iterable, Mapping
 
 from growth.axis_growth import PROMISES, AxisGrowth
@@ -13,6 +15,8 @@ RESIDENT_BYTES = 350e6
 """What it holds at most, whatever the model's size (the same benchmark)."""
 RECEIPT_BYTES = {"full": 600e6, "logits": 350e6, "arrays": 200e6}
 """What the receipt's process takes by itself, compiled programs included: measured at d_model 12."""
+_WIDTH = 36
+"""Of a column; longer cells go on below."""
 _COLUMNS = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
 
 
@@ -26,7 +30,7 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
     alike: dict[tuple[str, ...], list[str]] = {}
     for each in growth.plan.axes:
         alike.setdefault(_describe(each, growth), []).append(each.axis)
-    rows = [(", ".join(axes), *cells) for cells, axes in alike.items()]
+    rows = [(", ".join(_shorten(axes, growth)), *cells) for cells, axes in alike.items()]
     table = _format_table([_COLUMNS, *rows])
     choices, groups = growth.plan.choices, list(groups)
     before, after = (count_parameters(model) for model in (growth.source, growth.target))
@@ -56,7 +60,7 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
         rows = "the run's batches" if choices.learned.batch_size is None else f"{choices.learned.batch_size} rows"
         lines.append(
             f"learned maps: trained for {choices.learned.steps} updates on {rows} at rate "
-            f"{choices.learned.learning_rate:g}, from what is said above on; parameters of both models are in memory"
+            f"{choices.learned.learning_rate:g}, beginning with the plan above; parameters of both models are in memory"
         )
     if growth.target.layer_norm_epsilon != growth.source.layer_norm_epsilon:
         lines.append(
@@ -64,6 +68,23 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
             "because gains are scaled"
         )
     return "\n".join([*lines, *(f"note: {remark}" for remark in growth.remarks)])
+
+
+def _shorten(axes: list[str], growth: ModelGrowth) -> list[str]:
+    """Names of axes, those with one ending as the pattern that means them all in a plan file, if it means no others."""
+    there = {axis for spec in growth.specs.values() for axis in spec.axes}
+    patterns: dict[str, list[str]] = {}
+    for axis in axes:
+        patterns.setdefault(f"*.{axis.rpartition('.')[2]}", []).append(axis)
+    return [
+        name
+        for pattern, names in patterns.items()
+        for name in (
+            [pattern]
+            if len(names) > 1 and sum(map(lambda axis, suffix=pattern[1:]: axis.endswith(suffix), there)) == len(names)
+            else names
+        )
+    ]
 
 
 def _describe(each: AxisGrowth, growth: ModelGrowth) -> tuple[str, ...]:
@@ -86,7 +107,7 @@ def _state_rule(each: AxisGrowth, state: str) -> str:
     new = {
         "stream": "new: m 0, v mean",
         "units": "new: m 0, v mean",
-        "layers": "new: m 0, v of the copied layer",
+        "layers": "new: m 0, v as copied",
         "rows": "new: m 0, v of the pieces",
         "table": "copied",
     }[each.kind]
@@ -97,7 +118,11 @@ def _state_rule(each: AxisGrowth, state: str) -> str:
     return "r·m, r²·v" + ("; copies m 0" if state == "asymmetric" else "")
 
 
-def _format_table(rows: list[tuple[str, ...]]) -> list[str]:
+def _format_table(cells: list[tuple[str, ...]]) -> list[str]:
+    rows = []
+    for row in cells:
+        wrapped = [textwrap.wrap(cell, _WIDTH, break_long_words=False, break_on_hyphens=False) for cell in row]
+        rows += itertools.zip_longest(*wrapped, fillvalue="")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
 
@@ -109,4 +134,6 @@ def _bytes(number: float) -> str:
 
 
 def _seconds(number: float) -> str:
+    if number < 1:
+        return "a second"
     return f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min"

@@ -212,14 +212,13 @@ class Receipt:
             if name == "float64":
                 parts.append(f"float64 {_ratio(each.maximum, each.largest_logit):.0e} relative")
             else:
-                bitwise = ", bitwise equal" if each.bitwise else ""
                 of, floor = "", "permutation floor"
                 if each.rescaled_maximum is not None:
                     of, floor = f"{name} ", "rounding floor"
                 largest = max(each.floor_maximum, each.rescaled_maximum or 0.0)
-                parts.append(
-                    f"{of}max |Δlogit| {each.maximum:.1e} ({each.ratio:.2f} × the {floor} {largest:.1e}{bitwise})"
-                )
+                beside = "bitwise equal," if each.bitwise else f"{each.ratio:.2f} ×"
+                compared = f" ({beside} the {floor} {largest:.1e})" if self.keeps_logits else ""
+                parts.append(f"{of}max |Δlogit| {each.maximum:.1e}{compared}")
         if self.promise == "B" and self.bitwise is False:
             parts.append("not bitwise with this device's kernels")
         if self.nll_difference is not None:
@@ -236,7 +235,10 @@ class Receipt:
             alive = sum(each.alive for each in self.liveness.values())
             copied = sum(each.copied for each in self.liveness.values())
             parted = sum(each.parted for each in self.liveness.values())
-            parts.append(f"after 2 updates {alive}/{created} created entries alive, {parted}/{copied} copies parted")
+            found = [f"{alive}/{created} created entries alive"] if created else []
+            found += [f"{parted}/{copied} copies parted"] if copied else []
+            if found:
+                parts.append("after 2 updates " + ", ".join(found))
         measured = "" if self.level == "full" else f", receipt of {self.level} only"
         parts.append(
             f"{self.arrays.number} arrays as derived, parameters {self.source_parameters:,} → "

@@ -18,16 +18,23 @@ def test_each_axis_has_its_sizes_operator_promise_breaker_and_rule_for_moments(c
     table = explain(capsys, "base", "--to", "d_model=1000,d_ff=4096,num_decoder_layers=14")
     lines = table.splitlines()
     assert tuple(cell.strip() for cell in lines[1].split("  ") if cell) == HEAD
-    rows = {line.split("  ")[1].strip(): line for line in lines[2:5]}
+    rows = {line.split("  ")[1].strip(): line for line in lines[2:] if line.startswith("  ") and line[2] != " "}
     for axes, cells in {
-        "decoder.layers": ("12 → 14", "insert, at=interposed", "  B  ", "copied readers", "v of the copied layer"),
-        "decoder.mlp, encoder.mlp": ("2,048 → 4,096", "duplicate", "  R  ", "noise that cancels", "r·m, r²·v"),
+        "decoder.layers": ("12 → 14", "insert, at=interposed", "  B  ", "copied readers", "v as copied"),
+        "*.mlp": ("2,048 → 4,096", "duplicate", "  R  ", "noise that cancels", "r·m, r²·v"),
         "embed": ("768 → 1,000", "duplicate (some)", "  R  ", "noise that cancels", "r·m, r²·v"),
     }.items():
         assert all(cell in rows[axes] for cell in cells), rows[axes]
     for what in ("promise: R, ", "learning rate: ", "parameters: ", "surgery: reads ", "receipt: about "):
         assert f"\n{what}" in table
     assert "parameters + first_moment + second_moment" in table
+
+
+def test_a_pattern_stands_for_axes_only_where_a_plan_file_would_mean_the_same(capsys):
+    table = explain(capsys, "base", "--to", "d_ff=4096,num_heads=16,num_encoder_layers=14,d_kv=96")
+    axes = [line[2:].partition("  ")[0] for line in table.splitlines()[2:] if line.startswith("  ") and line[2] != " "]
+    assert axes == ["*.heads", "*.qk, *.vo", "*.mlp", "encoder.layers"]
+    assert max(map(len, table.splitlines()[1:10])) < 128
 
 
 def test_it_reads_no_array_and_writes_nothing(checkpoint_path, tmp_path, capsys):
