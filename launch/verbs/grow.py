@@ -63,7 +63,8 @@ class Grow:
     relative_attention_boundaries: tuple[int, ...] | None = None
     """Distances from which the last bucket of relative positions is split, e.g. 256 512 1024; with those there are."""
     add_tokens: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Tokens to add to the vocabulary, one per line; each begins as the mean of the pieces it was read as before."""
+    """Tokens to add to the vocabulary, one per line; each begins as the mean of the pieces it was read as before. To a
+    wordpiece vocabulary Han words of jieba's dictionary can be added, to a sentencepiece one any."""
     masked: bool = False
     """With --add-tokens: the new tokens have no probability until --open-tokens, so that not one logit changes."""
     open_tokens: bool = False
@@ -274,6 +275,12 @@ def _read_sizes(to: str, fields: tuple[str, ...]) -> dict[str, int]:
     sizes = {}
     for pair in to.split(","):
         field, _, size = (part.strip() for part in pair.partition("="))
+        if field == "vocab_size":
+            raise UsageError(
+                f"--to {to}: 'vocab_size' cannot be grown by a number; name tokens: t5pegasus grow … --add-tokens FILE"
+            )
+        if field in sizes:
+            raise UsageError(f"--to {to}: {field} is given twice; leave one out")
         if field not in fields:
             near = difflib.get_close_matches(field, fields, n=1)
             raise UsageError(

@@ -212,7 +212,8 @@ def test_the_target_is_the_source_with_the_sizes_that_were_named():
     [
         ("lage", "perhaps you meant 'large'"),
         ("d_modle=96", "perhaps you meant 'd_model'"),
-        ("vocab_size=96", "'vocab_size' cannot be grown"),
+        ("vocab_size=96", "'vocab_size' cannot be grown by a number"),
+        ("d_ff=24,d_ff=32", "d_ff is given twice"),
         ("d_model=wide", "d_model='wide' is not a whole number"),
         (None, "nothing says how large"),
     ],
