@@ -31,7 +31,7 @@ TOKENS = ["天地", "今天"]
 PIECES = [[WORDS.index(character) for character in token] for token in TOKENS]
 
 
-@pytest.fixture(scope="module", params=["hf-mt5", "t5-1.0"])
+@pytest.fixture(scope="module", params=["hf-mt5", pytest.param("t5-1.0", marks=pytest.mark.slow)])
 def checkpoint(request, tmp_path_factory) -> Path:
     model = dataclasses.replace(MODEL, **NUMERICS[request.param])
     random = np.random.default_rng(5)

@@ -73,6 +73,7 @@ def test_users_of_a_checkpoint_and_heldout_losses_take_it(checkpoints, run_confi
     assert load_checkpoint_info(tuned).history[0]["loss"] == histories["averaged"][-1]["loss"]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_it_or_begins_one(checkpoints, run_config, tmp_path, examples_path, caplog):
     def go_on(name, decay, run_name):
         paths = RunPaths(tmp_path / run_name, examples_path, start_from=checkpoints[name])

@@ -32,6 +32,7 @@ def whole(tmp_path_factory, examples_path, config):
     return run_path
 
 
+@pytest.mark.slow
 def test_it_grows_by_its_schedule_and_loses_nothing(whole):
     info = load_checkpoint_info(find_last_good(whole))
     model = info.config.model

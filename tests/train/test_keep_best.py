@@ -115,6 +115,7 @@ def test_a_run_stops_early_and_its_name_means_its_best_checkpoint(whole, example
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_resumed_with_everything_on_it_is_the_uninterrupted_run_bit_for_bit(whole, tmp_path, examples_path, everything):
     paths = RunPaths(tmp_path / "run", examples_path)
 

@@ -86,6 +86,7 @@ def test_with_every_option_meshes_and_micro_batches_give_the_same_update_too(wit
         np.testing.assert_allclose(parameters[name], array, rtol=0, atol=5e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_meshes_agree_on_adafactor_whose_moments_are_means_over_split_axes(run_config, batches):
     optimizer = dataclasses.replace(run_config.optimizer, name="adafactor", min_dim_size_to_factor=64)
     config = dataclasses.replace(run_config, optimizer=optimizer)
