@@ -135,7 +135,7 @@ def _read_tensorstore(spec: dict[str, Any], file: Path) -> np.ndarray:
         if math.prod(store.shape) * store.dtype.numpy_dtype.itemsize > MAX_INFLATION * stored_bytes:
             raise damaged(folder, f"shape {store.shape} cannot be that of {stored_bytes} bytes")
         return store.read().result()
-    except (ValueError, NotImplementedError, RuntimeError, OSError) as error:
+    except (ValueError, NotImplementedError, RuntimeError, FileNotFoundError, NotADirectoryError) as error:
         raise damaged(folder, str(error).split("\n")[0]) from None
 
 
