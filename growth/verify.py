@@ -177,18 +177,24 @@ def measure_apart(request: Request) -> Measured:
     command = [sys.executable, "-P", "-c", "from growth.verify import serve; serve()"]
     start = time.monotonic()
     done = subprocess.run(command, input=pickle.dumps(request), stdout=subprocess.PIPE, env=environment, check=False)
-    if done.returncode == -signal.SIGKILL:
-        raise OSError(
-            errno.ENOMEM,
-            "the process that measures the receipt was killed, most likely for want of memory; what was grown is kept: "
-            "give the same command with --receipt logits or --receipt arrays, which take less",
-        )
+    if done.returncode in (-signal.SIGKILL, -signal.SIGABRT):  # by the system, or by XLA when it is refused memory
+        raise _out_of_memory("was killed, most likely for want of memory")
     if done.returncode != 0:
         raise RuntimeError(f"the process that measures the receipt ended with code {done.returncode}")
     outcome, peak_bytes = pickle.loads(done.stdout)
+    if isinstance(outcome, MemoryError):
+        raise _out_of_memory("had too little memory")
     if isinstance(outcome, Exception):
         raise outcome
     return Measured(outcome, peak_bytes, time.monotonic() - start)
+
+
+def _out_of_memory(what: str) -> OSError:
+    return OSError(
+        errno.ENOMEM,
+        f"the process that measures the receipt {what}; what was grown is kept: give the same command with --receipt "
+        "logits or --receipt arrays, which take less",
+    )
 
 
 def serve() -> None:
