@@ -204,7 +204,7 @@ def serve() -> None:
     request = pickle.load(sys.stdin.buffer)
     try:
         outcome: Any = measure_growth(request)
-    except (ArtifactError, UsageError) as error:
+    except (ArtifactError, UsageError, MemoryError) as error:
         outcome = error
     with output:
         output.write(pickle.dumps((outcome, peak_memory())))

@@ -301,13 +301,20 @@ def test_what_is_no_number_never_passes(whole_receipt, value):
         check_receipt(dataclasses.replace(whole_receipt, source_nll=np.nan))
 
 
-class KillsItsReader:
+@dataclasses.dataclass
+class EndsItsReader:
+    """What a process does that reads it from a pickle."""
+
+    code: str
+
     def __reduce__(self):
-        return eval, ("__import__('os').kill(__import__('os').getpid(), 9)",)
+        return exec, (self.code,)
 
 
-def test_a_measuring_process_that_is_killed_is_told_from_a_growth_that_fails(many):
-    request = Request(many.source, many.folder, cast(Any, KillsItsReader()), [], "", "full")
+@pytest.mark.parametrize("signal", [9, 6])
+def test_a_measuring_process_that_is_killed_is_told_from_a_growth_that_fails(many, signal):
+    reader = EndsItsReader(f"import os; os.kill(os.getpid(), {signal})")
+    request = Request(many.source, many.folder, cast(Any, reader), [], "", "full")
     with pytest.raises(OSError, match="want of memory") as caught:
         measure_apart(request)
     assert caught.value.errno == errno.ENOMEM
