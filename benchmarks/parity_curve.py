@@ -36,10 +36,11 @@ from safetensors.numpy import save_file
 from torch.overrides import TorchFunctionMode
 
 from t5pegasus.batch import Batch
-from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig, write_json
+from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.convert.hf import model_to_hf_config
 from t5pegasus.convert.hf_tensors import parameters_to_hf
 from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
+from t5pegasus.json_files import write_json
 from t5pegasus.model.t5 import count_parameters, declare_parameters, init_parameters
 from t5pegasus.presets import tiny
 from t5pegasus.sample import TRAIN_PATH

@@ -21,8 +21,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import read_json
 from t5pegasus.evaluate import score_pairs
+from t5pegasus.json_files import read_json
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.lines import read_texts
 from t5pegasus.text.overlap import measure_copied_fraction

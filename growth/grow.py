@@ -21,8 +21,9 @@ from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Request, measure_apart, peak_memory
 from growth.vocabulary import ExtendedVocabulary, extend_vocabulary
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_checkpoint
-from t5pegasus.config import SCHEMA, ModelConfig, read_json, write_json
+from t5pegasus.config import ModelConfig
 from t5pegasus.errors import ArtifactError, UsageError, reading
+from t5pegasus.json_files import SCHEMA, read_json, write_json
 from t5pegasus.manifest import MANIFEST
 
 __all__ = ["Costs", "GrownCheckpoint", "costs_path", "grow_checkpoint", "grow_state"]

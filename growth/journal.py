@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from t5pegasus.config import read_json, write_json
 from t5pegasus.errors import ArtifactError, writing
+from t5pegasus.json_files import read_json, write_json
 from t5pegasus.manifest import find_damaged, flush
 
 logger = logging.getLogger(__name__)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from t5pegasus.config import SCHEMA
+from t5pegasus.json_files import SCHEMA
 
 RECEIPT = "receipt.json"
 LEVELS = ("full", "logits", "arrays")

@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import check_schema, read_json
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import check_schema, read_json
 
 NONE = "none"
 """Instead of stages: those that are still ahead are given up."""

@@ -18,8 +18,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t5pegasus.arrays import load_arrays, save_arrays
-from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
+from t5pegasus.config import RunConfig
 from t5pegasus.errors import ArtifactError, reading, writing
+from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.manifest import MANIFEST, Files, flush, verify_manifest, write_manifest
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 
 MANIFEST = "manifest.json"
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from mutations import RANDOM, mutate, mutate_json_bytes, read_or_refuse
 
 from t5pegasus.checkpoint import CheckpointInfo, find_checkpoint, load_arrays, load_checkpoint_info, save_checkpoint
-from t5pegasus.config import SCHEMA, DataConfig, ModelConfig, RunConfig, write_json
+from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.convert.hf import read_hf
 from t5pegasus.convert.hf_config import model_to_hf_config
 from t5pegasus.convert.hf_tensors import list_hf_tensors
@@ -25,6 +25,7 @@ from t5pegasus.data.shards import (
     write_manifest,
     write_shard,
 )
+from t5pegasus.json_files import SCHEMA, write_json
 from t5pegasus.report import write_report
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 from t5pegasus.train.metrics import read_metrics

@@ -12,10 +12,11 @@ import pytest
 
 from growth.receipt import AxisSummary, GradientMap, Liveness, LogitDifference, Receipt, StoredArrays
 from growth.t5 import plan_growth
-from t5pegasus.config import SCHEMA, ModelConfig, RunConfig, write_json
+from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.errors import ArtifactError
 from t5pegasus.evaluate.bootstrap import Bootstrap
 from t5pegasus.evaluate.results import Pair, Scores, compare_systems, save_evaluation
+from t5pegasus.json_files import SCHEMA, write_json
 from t5pegasus.report import write_report
 from t5pegasus.report.chart import Line, draw_lines, nice_ticks
 from t5pegasus.report.runs import group_runs, load_runs

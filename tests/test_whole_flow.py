@@ -6,7 +6,7 @@ import pytest
 
 from launch.recipes import quickstart
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
-from t5pegasus.config import read_json
+from t5pegasus.json_files import read_json
 
 
 def stamps(folder):

@@ -20,12 +20,13 @@ import numpy as np
 
 from launch.validation import make_scorer, score_summaries_of
 from t5pegasus.checkpoint import load_checkpoint_info, load_parameters, verify_checkpoint
-from t5pegasus.config import SCHEMA, RunConfig, read_json, write_json
+from t5pegasus.config import RunConfig
 from t5pegasus.corpus.build import BuildConfig, build_examples
 from t5pegasus.corpus.pairs import NOT_A_PAIR, check_pair_paths, read_pairs
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.evaluate.heldout import measure_heldout_loss
+from t5pegasus.json_files import SCHEMA, read_json, write_json
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.read import Document, describe_dropped
 from t5pegasus.train.run import RunPaths, train_run

@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.cli import Verb
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
-from t5pegasus.config import read_json
+from t5pegasus.json_files import read_json
 from t5pegasus.sample import HELDOUT_PATH, TRAIN_PATH
 
 GROW_AT_STEP = 60

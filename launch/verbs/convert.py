@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from t5pegasus.config import RunConfig, write_json
+from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import write_json
 
 if TYPE_CHECKING:
     from t5pegasus.convert.imported import Imported

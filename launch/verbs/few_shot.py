@@ -10,8 +10,9 @@ import tyro
 
 from launch.verbs.finetune import DEFAULT_OPTIMIZER
 from launch.verbs.finetune import TrainFlags as FinetuneFlags
-from t5pegasus.config import SCHEMA, DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig, write_json
+from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import SCHEMA, write_json
 
 
 @dataclasses.dataclass(frozen=True)

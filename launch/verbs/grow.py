@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from t5pegasus.config import ModelConfig, RunConfig, read_json
+from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.presets import PRESETS, preset
 
 if TYPE_CHECKING:

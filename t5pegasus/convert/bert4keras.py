@@ -8,11 +8,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import NUMERICS, ModelConfig, read_json
+from t5pegasus.config import NUMERICS, ModelConfig
 from t5pegasus.convert.foreign import Foreign
 from t5pegasus.convert.matrices import Names, gather_parameters, infer_sizes
 from t5pegasus.convert.tensor_bundle import TensorBundle
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.text.tokenizer import adopt_vocabulary
 
 HDF5_SUFFIXES = (".weights", ".h5", ".hdf5")

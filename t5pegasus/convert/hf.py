@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, load_parameters
-from t5pegasus.config import ModelConfig, read_json, write_json
+from t5pegasus.config import ModelConfig
 from t5pegasus.convert.foreign import Foreign
 from t5pegasus.convert.hf_config import model_from_hf_config, model_to_hf_config
 from t5pegasus.convert.hf_tensors import HEAD, HfTensor, has_own_head, list_hf_tensors, parameters_from_hf
@@ -23,6 +23,7 @@ from t5pegasus.convert.safetensors_file import write_safetensors
 from t5pegasus.convert.tensor_files import read_tensors
 from t5pegasus.data.shards import hash_file
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import read_json, write_json
 from t5pegasus.text.tokenizer import adopt_vocabulary, load_tokenizer
 
 WEIGHTS = "model.safetensors"

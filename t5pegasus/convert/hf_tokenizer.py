@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import write_json
+from t5pegasus.json_files import write_json
 from t5pegasus.text.tokenizer import Tokenizer
 from t5pegasus.text.tokenizer.sentencepiece import SPACE
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from t5pegasus.config import read_json
 from t5pegasus.convert.flax_msgpack import flatten_arrays, read_tree
 from t5pegasus.convert.foreign import damaged
 from t5pegasus.convert.torch_file import read_torch
 from t5pegasus.errors import ArtifactError
+from t5pegasus.json_files import read_json
 
 INDEX_SUFFIX = ".index.json"
 """Behind the name of the whole file: where a sharded model lists which shard holds what."""

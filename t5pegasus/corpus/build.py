@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 
-from t5pegasus.config import read_json, write_json
 from t5pegasus.corpus.chain import Kind
 from t5pegasus.corpus.engines import count_cores, run_tasks
 from t5pegasus.corpus.exchange import (
@@ -37,6 +36,7 @@ from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
 from t5pegasus.corpus.units import Unit, UnitResult, UnitWork, cut_units, result_path
 from t5pegasus.data.shards import LENGTHS, MANIFEST, Shard, save_array, write_manifest
 from t5pegasus.errors import ArtifactError, DataError, UsageError
+from t5pegasus.json_files import read_json, write_json
 from t5pegasus.progress import Progress
 from t5pegasus.text.read import check_paths, describe_dropped, read_documents
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer

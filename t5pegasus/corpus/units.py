@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t5pegasus.config import read_json, write_json
 from t5pegasus.corpus.chain import Chain, DocumentExamples, Kind
 from t5pegasus.data.shards import save_array, token_dtype
+from t5pegasus.json_files import read_json, write_json
 from t5pegasus.text.read import Document
 from t5pegasus.text.shuffle import order_key
 from t5pegasus.text.tokenizer import load_tokenizer

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t5pegasus.config import SCHEMA, DataConfig, check_schema, read_json, write_json
+from t5pegasus.config import DataConfig
 from t5pegasus.data.shards import ExampleShards, hash_file
 from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 
 _OPEN_ROWS = 128
 """More raise the efficiency by under one percent and cost time in proportion."""

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from t5pegasus.config import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.errors import ArtifactError, reading, writing
+from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"

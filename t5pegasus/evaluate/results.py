@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t5pegasus.config import SCHEMA, write_json
 from t5pegasus.evaluate.bootstrap import Bootstrap, Interval
 from t5pegasus.evaluate.lengths import LengthBin, score_by_length
 from t5pegasus.evaluate.scores import DEFINITIONS, PAIR_SCORES, PairScores, score_each_pair
+from t5pegasus.json_files import SCHEMA, write_json
 from t5pegasus.text.overlap import measure_copied_fraction
 
 LEAD = "lead"

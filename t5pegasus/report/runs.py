@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.config import check_schema, read_json
 from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.json_files import check_schema, read_json
 
 Json = dict[str, Any]
 

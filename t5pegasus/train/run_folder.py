@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 
-from t5pegasus.config import SCHEMA, RunConfig, check_schema, read_json, write_json
+from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError, reading
+from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.train.phases import Event, record_event
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import MANIFEST
-from t5pegasus.config import RunConfig, read_json
+from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train import loop
 from t5pegasus.train.early_stopping import History, plain_entry

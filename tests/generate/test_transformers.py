@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from test_finalisation import CONFIG, draw_parameters
 
-from t5pegasus.config import NUMERICS, write_json
+from t5pegasus.config import NUMERICS
 from t5pegasus.convert.hf_config import model_to_hf_config
 from t5pegasus.convert.hf_tensors import parameters_to_hf
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
 from t5pegasus.generate.sequential import restrict_logits
+from t5pegasus.json_files import write_json
 
 pytestmark = pytest.mark.peers
 

@@ -26,8 +26,9 @@ from launch.growth_events import plan_events
 from launch.growth_schedule import read_stage
 from t5pegasus.axes import dual_multipliers, logical_axis
 from t5pegasus.checkpoint import load_checkpoint_info
-from t5pegasus.config import NUMERICS, DataConfig, MeshConfig, RunConfig, TrainConfig, read_json
+from t5pegasus.config import NUMERICS, DataConfig, MeshConfig, RunConfig, TrainConfig
 from t5pegasus.errors import ArtifactError, DivergedError, UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.manifest import MANIFEST
 from t5pegasus.sharding import make_mesh
 

@@ -18,9 +18,10 @@ from t5pegasus.checkpoint import (
     load_checkpoint_info,
     save_checkpoint,
 )
-from t5pegasus.config import DataConfig, ModelConfig, RunConfig, read_json
+from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.evaluate import DEFINITIONS
+from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import init_parameters
 from t5pegasus.text.read import Document
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer

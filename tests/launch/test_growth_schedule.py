@@ -8,8 +8,9 @@ import pytest
 from launch.growth_events import check_losses, choose_stages, plan_events
 from launch.growth_schedule import AtStep, Stage, WhenFlat, read_schedule
 from t5pegasus.checkpoint import CheckpointInfo
-from t5pegasus.config import OptimizerConfig, RunConfig, write_json
+from t5pegasus.config import OptimizerConfig, RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.json_files import write_json
 from t5pegasus.presets import small
 from t5pegasus.train.phases import record_event
 

@@ -12,8 +12,9 @@ import pytest
 
 from t5pegasus import checkpoint
 from t5pegasus.checkpoint import find_last_good, list_checkpoints, load_arrays, load_checkpoint_info, verify_checkpoint
-from t5pegasus.config import MeshConfig, read_json
+from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train import seam
 from t5pegasus.train.early_stopping import has_stopped, plain_entry, this_phase

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, load_checkpoint_info, verify_checkpoint
-from t5pegasus.config import MeshConfig, read_json
+from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.train.metrics import read_metrics
 from t5pegasus.train.run import RunPaths, train_run
 

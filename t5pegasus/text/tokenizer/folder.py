@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t5pegasus.config import SCHEMA, read_json, write_json
 from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.json_files import SCHEMA, read_json, write_json
 
 if TYPE_CHECKING:
     from t5pegasus.text.tokenizer import Tokenizer

@@ -1,0 +1,82 @@
+"""The optimizer and its learning-rate schedule."""
+
+import dataclasses
+from typing import Literal
+
+from t5pegasus.config.record import Record, is_positive_number, require
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(Record):
+    """The optimizer and its learning-rate schedule, both counted in updates."""
+
+    name: Literal["adamw", "sgd", "adafactor"] = "adamw"
+    """AdamW (Loshchilov & Hutter 2019); SGD with momentum; or Adafactor (Shazeer & Stern 2018) as T5 and mT5 were
+    trained with it, whose state is of the size of the rows and columns of matrices."""
+    learning_rate: float = 1e-3
+    """With Adafactor and --optimizer.scale-by-parameter, relative to the RMS of each matrix: T5 was pretrained with
+    0.01 and less, and fine-tuned with 0.001."""
+    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    """After the linear warm-up: constant; cosine to `final_learning_rate_fraction`; or warm-up, stable,
+    then linear decay over the last `decay_steps` (wsd)."""
+    warmup_steps: int = 1000
+    decay_steps: int = 0
+    final_learning_rate_fraction: float = 0.1
+    schedule_shift: int = 0
+    """Update n takes the learning rate of update n + this one; growth may set it (remapped learning rate)."""
+    rewarm_steps: int = 0
+    """Above 0, the entries that growth added warm up over so many updates after it, to `rewarm_peak` times the
+    learning rate of the others."""
+    rewarm_peak: float = 1.3
+    beta1: float | None = None
+    """Decay of the mean of gradients (momentum); 0 keeps none. None: 0.9 with AdamW and SGD, 0 with Adafactor."""
+    beta2: float = 0.98
+    """AdamW: decay of the mean of their squares. (Adafactor's is 1 - t^-0.8 at update t.)"""
+    epsilon: float = 1e-6
+    """AdamW: added to the root of that mean."""
+    scale_by_parameter: bool = True
+    """Adafactor: updates are multiplied by the RMS of what they update, of each layer by itself."""
+    clipping_threshold: float = 1.0
+    """Adafactor: the RMS that the update of a matrix has at most, before that multiplication."""
+    min_dim_size_to_factor: int = 128
+    """Adafactor: matrices with fewer rows or columns keep a second moment of each entry."""
+    weight_decay: float = 0.01
+    """Decoupled, multiplied by the learning rate; gains are exempt."""
+    max_grad_norm: float = 1.0
+    layer_decay: float = 1.0
+    """Each layer's learning rate is this times that of the layer above it, down to the token embedding."""
+    rate_factors: tuple[str, ...] = ()
+    """PATTERN=FACTOR: multiplies the learning rate of parameters ('encoder.*=0.5') or of those with an axis
+    ('vocab=0.1', 'decoder.layers[-2:]=2'); the factors of all patterns that fit multiply."""
+    freeze: tuple[str, ...] = ()
+    """Patterns of the same kind ('encoder.*', 'vocab', 'encoder.layers[:6]') for what is not trained: no update, no
+    decay, no part in the gradient norm. Moments are kept, at zero, so memory is saved for gradients only."""
+
+    @property
+    def momentum(self) -> float:
+        """`beta1` as it is in force."""
+        return (0.0 if self.name == "adafactor" else 0.9) if self.beta1 is None else self.beta1
+
+    def __post_init__(self) -> None:
+        choices = ("adamw", "sgd", "adafactor")
+        require(self.name in choices, f"optimizer.name={self.name!r} must be one of {', '.join(choices)}")
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        for name in ("warmup_steps", "decay_steps", "rewarm_steps"):
+            require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
+        for name, value in (("beta1", self.momentum), ("beta2", self.beta2)):
+            require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
+        for name in ("weight_decay", "final_learning_rate_fraction"):
+            require(0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
+        for name in ("epsilon", "max_grad_norm", "rewarm_peak", "clipping_threshold"):
+            require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)} must be positive")
+        require(
+            self.min_dim_size_to_factor >= 1,
+            f"optimizer.min_dim_size_to_factor={self.min_dim_size_to_factor} must be at least 1",
+        )
+        require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1]")
+        for each in self.rate_factors:
+            require(
+                is_positive_number(each.rpartition("=")[2]),
+                f"optimizer.rate_factors={each!r} is not PATTERN=FACTOR with a positive factor; write 'encoder.*=0.5', "
+                "and freeze what is not to be trained",
+            )
