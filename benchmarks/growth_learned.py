@@ -29,9 +29,10 @@ from t5pegasus.config import MeshConfig, RunConfig
 from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.sharding import make_mesh, place_batch
+from t5pegasus.train.heldout_loss import make_heldout_loss
 from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.state import TrainState, arrays_to_state, state_shardings
-from t5pegasus.train.step import make_heldout_loss, make_train_step
+from t5pegasus.train.step import make_train_step
 
 
 def main() -> None:

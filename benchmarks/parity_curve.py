@@ -45,9 +45,10 @@ from t5pegasus.model.t5 import count_parameters, declare_parameters, init_parame
 from t5pegasus.presets import tiny
 from t5pegasus.sample import TRAIN_PATH
 from t5pegasus.sharding import make_mesh
+from t5pegasus.train.heldout_loss import make_heldout_loss
 from t5pegasus.train.run import fit_to_examples
 from t5pegasus.train.state import start_state
-from t5pegasus.train.step import make_heldout_loss, make_train_step, pure_train_step
+from t5pegasus.train.step import make_train_step, pure_train_step
 
 OVERLAP, OVERLAP_FLOAT64, FLOAT64_STEPS = 1e-3, 1e-9, 30
 LENGTHS = {"max_source_tokens": 96, "max_target_tokens": 32}

@@ -34,10 +34,12 @@ from t5pegasus.sharding import (
     param_shardings,
     place_batch,
 )
+from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.gradients import pure_gradients
 from t5pegasus.train.metrics import count_flops
+from t5pegasus.train.on_mesh import OnMesh
 from t5pegasus.train.optimizer.adamw import adamw_direction
 from t5pegasus.train.state import TrainState
-from t5pegasus.train.step import OnMesh, pure_gradients, resolve_compute_dtype
 
 Parameters = Mapping[str, Any]
 _ADAM = OptimizerConfig(beta1=0.9, beta2=0.98, epsilon=1e-8)

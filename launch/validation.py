@@ -53,8 +53,8 @@ def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path
     from t5pegasus.generate.options import GenerationOptions
     from t5pegasus.generate.summarize import Summarizer
     from t5pegasus.text.tokenizer import load_tokenizer
+    from t5pegasus.train.compute_dtype import resolve_compute_dtype
     from t5pegasus.train.evaluation import Scorer
-    from t5pegasus.train.step import resolve_compute_dtype
 
     dropped: Counter[str] = Counter()
     documents = read_pairs(check_pair_paths([pairs_path]), dropped)

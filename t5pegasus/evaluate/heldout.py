@@ -12,7 +12,7 @@ from t5pegasus.data.loader import check_targets, fill_rows
 from t5pegasus.data.packing import pack_examples
 from t5pegasus.data.shards import Example
 from t5pegasus.sharding import make_mesh
-from t5pegasus.train.step import make_heldout_loss
+from t5pegasus.train.heldout_loss import make_heldout_loss
 
 
 def measure_heldout_loss(

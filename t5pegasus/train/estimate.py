@@ -18,8 +18,8 @@ from t5pegasus.progress import format_count, format_seconds
 from t5pegasus.sharding import batch_shardings
 from t5pegasus.train.groups import count_trained, learning_rate_factors
 from t5pegasus.train.metrics import peak_flops
+from t5pegasus.train.on_mesh import OnMesh
 from t5pegasus.train.state import TrainState, start_state, state_shardings
-from t5pegasus.train.step import OnMesh
 
 logger = logging.getLogger(__name__)
 

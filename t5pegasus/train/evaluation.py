@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import PackedRows, load_epoch
 from t5pegasus.errors import UsageError
+from t5pegasus.train.heldout_loss import make_heldout_loss
 from t5pegasus.train.state import TrainState, evaluated_parameters
-from t5pegasus.train.step import make_heldout_loss
 
 Evaluate = Callable[[TrainState], dict[str, float]]
 """State → scores of the weights that users will take."""

@@ -24,6 +24,7 @@ from t5pegasus.checkpoint import (
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.optimizer import Moments, declare_moments
 from t5pegasus.train.phases import Event, check_events_kept, config_after
@@ -36,7 +37,6 @@ from t5pegasus.train.state import (
     state_shardings,
     state_to_arrays,
 )
-from t5pegasus.train.step import resolve_compute_dtype
 
 logger = logging.getLogger(__name__)
 

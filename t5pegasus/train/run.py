@@ -26,6 +26,7 @@ from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
+from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.early_stopping import History, forget_best, has_stopped
 from t5pegasus.train.estimate import MemoryEstimate, prepare_step
 from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
@@ -42,7 +43,7 @@ from t5pegasus.train.run_folder import (
 )
 from t5pegasus.train.seam import Measurement, Phase, Run, check_events, train_phases
 from t5pegasus.train.state import TrainState, state_to_arrays
-from t5pegasus.train.step import make_train_step, resolve_compute_dtype
+from t5pegasus.train.step import make_train_step
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train import loop
+from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.early_stopping import History, plain_entry
 from t5pegasus.train.estimate import abstract_state, check_state_fits, prepare_step
 from t5pegasus.train.evaluation import Evaluate
@@ -24,7 +25,7 @@ from t5pegasus.train.loop import Hooks
 from t5pegasus.train.metrics import MetricsWriter, count_flops
 from t5pegasus.train.phases import Event, Lineage, due_event, next_event, phase_end
 from t5pegasus.train.state import TrainState
-from t5pegasus.train.step import make_train_step, resolve_compute_dtype
+from t5pegasus.train.step import make_train_step
 
 logger = logging.getLogger(__name__)
 

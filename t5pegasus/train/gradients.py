@@ -1,0 +1,51 @@
+"""The training loss of a batch and its gradients, as a pure function: micro-batches summed."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from t5pegasus.batch import Batch
+from t5pegasus.config import RunConfig
+from t5pegasus.model.t5 import bind
+from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
+from t5pegasus.train.noise import disturb_decoder_inputs
+
+
+def pure_gradients(
+    config: RunConfig, compute_dtype: Any
+) -> Callable[[dict[str, jax.Array], Mapping[str, jax.Array], Batch], tuple[dict[str, jax.Array], LossSums]]:
+    """A pure function (trained parameters, all parameters, batch) → (gradients of the training loss, its sums).
+
+    The loss is the mean over the batch's target tokens, with smoothing, z-loss, dropout and decoder noise as
+    configured; micro-batches are summed.
+    """
+    smoothing = config.train.label_smoothing
+
+    def find_gradients(
+        trained: dict[str, jax.Array], parameters: Mapping[str, jax.Array], batch: Batch
+    ) -> tuple[dict[str, jax.Array], LossSums]:
+        total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
+
+        def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
+            micro = disturb_decoder_inputs(micro, config)
+            logits = bind(config.model, {**parameters, **trained}, compute_dtype)(micro, dropout_seed=config.train.seed)
+            targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
+            num_masked = config.model.num_masked_tokens
+            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0, num_masked_tokens=num_masked)
+            return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
+
+        def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
+            gradients, sums = jax.grad(objective, has_aux=True)(trained, micro)
+            return jax.tree.map(jnp.add, carry, (gradients, sums)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
+        return jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))[0]
+
+    return find_gradients
+
+
+def _split_micro(batch: Batch, count: int) -> Batch:
+    """[B, …] → [count, B/count, …], every device giving an equal part of its rows to each micro-batch."""
+    return Batch(*(field.reshape(-1, count, *field.shape[1:]).swapaxes(0, 1) for field in batch))
