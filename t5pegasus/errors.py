@@ -38,6 +38,12 @@ class DivergedError(T5PegasusError):
     exit_code = 45
 
 
+class PreemptedError(T5PegasusError):
+    """The run was asked to stop and has saved what it has done; the same command goes on (exit code 42)."""
+
+    exit_code = 42
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Around code that takes the content of an artifact apart: what a changed file causes there becomes words.

@@ -27,6 +27,7 @@ from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.control import Control
 from t5pegasus.train.early_stopping import History, forget_best, has_stopped
 from t5pegasus.train.estimate import MemoryEstimate, prepare_step
 from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
@@ -59,6 +60,7 @@ def train_run(
     reset_rows: bool = False,
     scorer: Scorer | None = None,
     events: Sequence[Event] = (),
+    control: Control | None = None,
 ) -> Path:
     """Train in a run folder to the end; called again, it continues, or finds it finished.
 
@@ -70,6 +72,7 @@ def train_run(
         reset_rows: with `start_from` and other examples than it was trained on, begin at their first row.
         scorer: gives further scores at each evaluation, for `config.train.keep_best` to choose by.
         events: what changes the model on the way, in order; `config` is that of the run before all of them.
+        control: through which signal handlers and watchers ask the run to stop or to save, and see what it does.
 
     Returns:
         The folder of the best checkpoint where `config.train.keep_best` says what that is, else of the last one.
@@ -79,7 +82,9 @@ def train_run(
             or the devices.
         ArtifactError: if one of the artifacts is missing or damaged, or an event does not keep its promise.
         DivergedError: if the loss stops being finite.
+        PreemptedError: if the run was asked to stop, once what it has done is saved.
     """
+    control = control or Control()
     mesh = make_mesh(config.mesh)
     record = load_run_record(paths.run_path)
     if record is not None:
@@ -134,6 +139,8 @@ def train_run(
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
             save=functools.partial(_save, paths.run_path, shards),
+            finish_saves=lambda: None,
+            control=control,
             checkpoints_path=paths.run_path / "checkpoints",
         )
         phase = Phase(origin.config, origin.lineage, origin.history, origin.flops)

@@ -17,7 +17,9 @@ from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train import loop
+from t5pegasus.train.agreement import Agreement
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.control import Control
 from t5pegasus.train.early_stopping import History, plain_entry
 from t5pegasus.train.estimate import abstract_state, check_state_fits, prepare_step
 from t5pegasus.train.evaluation import Evaluate
@@ -71,6 +73,10 @@ class Run(NamedTuple):
     """Config → what evaluates its models, None where nothing is held out."""
     save: Callable[[Phase, TrainState, History, int], None]
     """Writes a checkpoint; the last argument is the FLOPs spent."""
+    finish_saves: Callable[[], None]
+    """Waits until all checkpoints are on the disk."""
+    control: Control
+    """What the process asks of the run."""
     checkpoints_path: Path
     """Where that puts it, under its step."""
 
@@ -173,12 +179,16 @@ def _train_phase(
 ) -> tuple[TrainState, Phase]:
     due = functools.partial(due_event, run.events, phase.lineage, phase.config)
     hooks = Hooks(
-        evaluate, functools.partial(run.save, phase), ends_phase=lambda step, history: due(step, history) is not None
+        evaluate,
+        functools.partial(run.save, phase),
+        run.finish_saves,
+        ends_phase=lambda step, history: due(step, history) is not None,
     )
     upcoming = next_event(run.events, phase.lineage)
     state, history, flops = loop.run(
         state, train_step, run.batches, phase.config, hooks, run.metrics, phase.history, flops=phase.flops,
-        boundary=upcoming and upcoming.at_step, is_last_phase=upcoming is None,
+        control=run.control, agreement=Agreement(run.mesh), boundary=upcoming and upcoming.at_step,
+        is_last_phase=upcoming is None,
     )  # fmt: skip
     return state, phase._replace(history=history, flops=flops)
 
