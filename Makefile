@@ -18,6 +18,9 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_PEERS := $(VENV)/.installed-peers
 
+# Tests spend their time compiling, which takes one core.
+PARALLEL ?= 2
+
 # A third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
@@ -33,7 +36,7 @@ quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a
 	$(HUGE_PAGES) $(VENV)/bin/t5pegasus quickstart $(ARGS)
 
 test: $(INSTALLED_DEV)  ## the tests, without the slow ones and without other programs
-	$(VENV)/bin/python -m pytest -m "not slow and not peers" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(PARALLEL) --dist loadfile -m "not slow and not peers" $(ARGS)
 
 # A missing folder fails here, and so does any test that skips.
 test-parity: $(INSTALLED_DEV)  ## the tests against golden cases in ../shared/data, or in the folder T5PEGASUS_DATA
