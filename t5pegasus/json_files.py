@@ -1,11 +1,11 @@
 """JSON artifacts: one object per file, whole or absent, of a schema version that is checked."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.errors import UsageError, writing
+from t5pegasus.errors import UsageError
+from t5pegasus.storage import write_bytes
 
 SCHEMA = 1
 """Version of every JSON file this package writes; readers refuse another one by name."""
@@ -42,11 +42,5 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON object so that the file is whole or absent: temporary name, flush to disk, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with writing(path), temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """Write a JSON object so that the file is whole or absent, and on the disk (or in the store)."""
+    write_bytes(path, (json.dumps(value, ensure_ascii=False, indent=1) + "\n").encode())

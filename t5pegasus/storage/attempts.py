@@ -1,0 +1,86 @@
+"""Trying again what an object store refuses for the moment, within a bounded time, and naming what it refuses for good.
+
+Retried are 408, 429, 5xx, time-outs, broken connections and short reads, after pauses that double up to 16 s, each
+with jitter so that the hosts of a pod do not come back together.
+"""
+
+import logging
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS_VARIABLE = "T5PEGASUS_STORAGE_RETRY_SECONDS"
+_RETRY_SECONDS = 120.0
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 16.0
+_TRANSIENT_CODES = {408, 429, *range(500, 505)}
+_TRANSIENT_MODULES = ("aiohttp", "requests", "urllib3")
+_FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_REFUSED_CODES = {401, 403}
+_WAY_IN = (
+    "give this account the role Storage Object User on the bucket, or log in as another one: "
+    "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS=KEY.json"
+)
+_Result = TypeVar("_Result")
+
+
+def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Result:
+    """The result of an operation on an object, tried again while the store says that it may yet succeed.
+
+    Args:
+        path: for the message.
+        verb: what is being done, for the message: "read", "write", "list".
+        operation: asked again after a transient failure, so it must bear being done twice.
+
+    Raises:
+        FileNotFoundError: if there is no such object; FileExistsError if there is one that must not be.
+        OSError: naming object and cause, if the store refuses, or still fails after the time for retries
+            (`T5PEGASUS_STORAGE_RETRY_SECONDS`, 120).
+    """
+    seconds = float(os.environ.get(RETRY_SECONDS_VARIABLE, _RETRY_SECONDS))
+    began, pause, tries = time.monotonic(), _FIRST_PAUSE, 0
+    while True:
+        tries += 1
+        try:
+            return operation()
+        except _FINAL:
+            raise
+        except Exception as error:
+            spent = time.monotonic() - began
+            if not _is_transient(error):
+                raise OSError(f"cannot {verb} {path}: {_describe(error)}") from error
+            if spent + pause > seconds:
+                raise OSError(
+                    f"cannot {verb} {path}: {_describe(error)}; tried {tries} times in {spent:.0f} s, see whether the "
+                    "store can be reached and its quota is not used up, then give the same command again"
+                ) from error
+            logger.info("%s %s: %s; trying again in %.1f s", verb, path, _describe(error), pause)
+            time.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _code(error: BaseException) -> int | None:
+    code: Any = getattr(error, "code", None) or getattr(error, "status", None)
+    return int(code) if isinstance(code, (int, str)) and str(code).isdigit() else None
+
+
+def _is_transient(error: BaseException) -> bool:
+    code = _code(error)
+    if code is not None:
+        return code in _TRANSIENT_CODES
+    if isinstance(error, (TimeoutError, ConnectionError, EOFError)):
+        return True
+    module = type(error).__module__
+    return module.startswith(_TRANSIENT_MODULES) or type(error).__name__ in ("FSTimeoutError", "ChecksumError")
+
+
+def _describe(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    refused = _code(error) in _REFUSED_CODES or text.startswith("Forbidden")
+    if refused or type(error).__module__.startswith("google.auth"):
+        return f"access refused ({text[:200]}); {_WAY_IN}"
+    code = _code(error)
+    return f"{type(error).__name__}{f' {code}' if code else ''}: {text[:200]}"

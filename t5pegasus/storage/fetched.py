@@ -1,0 +1,167 @@
+"""Verified local copies of artifacts in a store, kept by content, so that many runs and restarts share one."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.storage.files import list_files, write_bytes
+from t5pegasus.storage.paths import is_remote
+
+CACHE_VARIABLE = "T5PEGASUS_CACHE"
+_MARKS = ("manifest.json", "tokenizer.json")
+"""What is written last into a folder, and so tells that it is whole."""
+_SPARE_BYTES = 256 << 20
+
+
+def cache_path(environment: Mapping[str, str]) -> Path:
+    """Where this user's copies lie: `T5PEGASUS_CACHE`, or `t5pegasus/` in the user's cache folder."""
+    if given := environment.get(CACHE_VARIABLE):
+        return Path(given)
+    return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t5pegasus"
+
+
+def fetch(path: Path, wanted: Callable[[str], bool] | None = None) -> Path:
+    """A local copy of an artifact; a local path comes back as it is.
+
+    Examples and checkpoints are known by their `manifest.json`, a tokenizer by its `tokenizer.json`, anything else must
+    be a single file. Copies are kept by content: two names of the same artifact have one copy. Each file is compared
+    with the manifest's size and sha256 before it gets its name. Cut off, the next call goes on where this one was, and
+    of several processes of a machine one fetches while the others wait for it.
+
+    Args:
+        path: the artifact.
+        wanted: which of its files to fetch, by name; None for all.
+
+    Raises:
+        ArtifactError: if it is no whole artifact, or a file differs from what the manifest says.
+        OSError: if the disk has not enough room, or the store fails.
+    """
+    if not is_remote(path):
+        return path
+    if path.is_file():
+        return _fetch_file(path)
+    mark, content = _read_mark(path)
+    files = _entries(path, mark, content)
+    if wanted is not None:
+        files = {name: entry for name, entry in files.items() if wanted(name)}
+    folder = cache_path(os.environ) / "fetched" / hashlib.sha256(content).hexdigest()[:32] / path.name
+    with _alone(folder):
+        missing = {name: entry for name, entry in files.items() if _size(folder / name) != entry["bytes"]}
+        _require_room(path, folder, missing)
+        with ThreadPoolExecutor(8) as pool:
+            futures = [pool.submit(_fetch_verified, path / name, folder / name, missing[name]) for name in missing]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if not (folder / mark).is_file():
+            write_bytes(folder / mark, content)
+    return folder
+
+
+def _read_mark(path: Path) -> tuple[str, bytes]:
+    for mark in _MARKS:
+        with contextlib.suppress(FileNotFoundError):
+            return mark, (path / mark).read_bytes()
+    raise ArtifactError(
+        f"{path} is no finished artifact: it has neither {' nor '.join(_MARKS)}; check the address, "
+        "or finish what was to make it"
+    )
+
+
+def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]:
+    """Size, and where it is known sha256, of every file but the mark: what the manifest lists, then what is there."""
+    with reading(path / mark):
+        manifest = json.loads(content)
+        listed = {name: dict(entry) for name, entry in manifest.get("files", {}).items()}
+        for shard in manifest.get("shards", ()):
+            listed[shard["file"]] = {"bytes": shard["bytes"], "sha256": shard["sha256"]}
+        found = list_files(path)
+        for name, size in found.items():
+            entry = {"bytes": size}
+            if name == "lengths.npy" and "lengths_sha256" in manifest:
+                entry["sha256"] = manifest["lengths_sha256"]
+            # Of examples, packing tables are made here; held-out ones beside them are an artifact of their own.
+            if name != mark and not listed.get(name) and not name.startswith(("packing", ".")):
+                listed[name] = entry
+    return listed
+
+
+def _fetch_file(path: Path) -> Path:
+    info = path.stat()
+    identity = f"{path} {info.st_size} {info.st_mtime}"
+    target = cache_path(os.environ) / "fetched" / hashlib.sha256(identity.encode()).hexdigest()[:32] / path.name
+    with _alone(target.parent):
+        if _size(target) != info.st_size:
+            entry = {"bytes": info.st_size}
+            _require_room(path, target.parent, {path.name: entry})
+            _fetch_verified(path, target, entry)
+    return target
+
+
+def _fetch_verified(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
+    from t5pegasus.storage.remote_path import read_object_range
+    from t5pegasus.storage.transfer import PART_BYTES
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, size = target.with_name(target.name + ".part"), int(entry["bytes"])
+    digest, done = hashlib.sha256(), 0
+    with part.open("a+b") as file:
+        file.seek(0)
+        while done < size and (block := file.read(min(PART_BYTES, size - done))):
+            digest.update(block)
+            done += len(block)
+        file.truncate(done)
+        while done < size:
+            try:
+                block = read_object_range(source, done, min(PART_BYTES, size - done))
+            except FileNotFoundError:
+                raise ArtifactError(f"{source} is missing, its manifest lists it; copy the artifact anew") from None
+            file.write(block)
+            digest.update(block)
+            done += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if (wanted := entry.get("sha256")) is not None and digest.hexdigest() != wanted:
+        part.unlink()
+        raise ArtifactError(
+            f"{source}: sha256 is {digest.hexdigest()[:12]}…, its manifest says {wanted[:12]}…; copy the artifact anew "
+            "from where it is whole, or make it anew"
+        )
+    part.replace(target)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine at a time; the lock goes with the process that held it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _require_room(source: Path, folder: Path, missing: Mapping[str, Mapping[str, Any]]) -> None:
+    needed = sum(entry["bytes"] - max(0, _size(folder / f"{name}.part")) for name, entry in missing.items())
+    free = shutil.disk_usage(folder).free
+    if needed and needed + _SPARE_BYTES > free:
+        raise OSError(
+            errno.ENOSPC,
+            f"fetching {source} takes {needed / 1e9:.2f} GB here, {free / 1e9:.2f} GB are free; "
+            f"or name a folder on another disk by {CACHE_VARIABLE}",
+            str(folder),
+        )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else -1

@@ -1,0 +1,27 @@
+"""The connection to Google Cloud Storage."""
+
+import functools
+import logging
+import os
+from typing import Any
+
+
+@functools.cache
+def open_google_store() -> Any:
+    """A gcsfs filesystem that never answers from a cache of listings, and whose requests end.
+
+    The JSON API alone is used (no gRPC), which any bucket answers but zonal ones. `STORAGE_EMULATOR_HOST` leads to an
+    emulator, without credentials.
+    """
+    import aiohttp
+    from gcsfs.core import GCSFileSystem
+
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs tracebacks of what it also raises
+    return GCSFileSystem(
+        project=os.environ.get("GOOGLE_CLOUD_PROJECT", ""),
+        token="anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None,
+        use_listings_cache=False,
+        consistency="md5",
+        requests_timeout=aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60),
+        skip_instance_cache=True,
+    )
