@@ -39,8 +39,12 @@ class Control:
     def __init__(self) -> None:
         self._requests = Request(0)
         self.activity = Activity("start", time.monotonic(), 0)
+        self.seconds: dict[str, float] = {}
+        """Spent in each activity so far; what runs inside another counts as itself alone."""
         self.first_step: int | None = None
-        """Updates made when the run began or continued; None before it has made a new one."""
+        """Updates made when the loop began to ask for data: from here on there is something new to save."""
+        self.failing: BaseException | None = None
+        """What ended the last activity, until another one begins: a run that is on its way out."""
 
     def request(self, what: Request) -> None:
         """Ask; safe from threads and signal handlers."""
@@ -65,8 +69,19 @@ class Control:
             step: updates sent to the device, if that has changed.
         """
         before = self.activity
-        self.activity = Activity(name, time.monotonic(), before.step if step is None else step)
+        self.failing = None
+        self._turn_to(name, before.step if step is None else step)
+        if name == "data" and self.first_step is None:
+            self.first_step = self.activity.step
         try:
             yield
+        except BaseException as error:
+            self.failing = error
+            raise
         finally:
-            self.activity = Activity(before.name, time.monotonic(), self.activity.step)
+            self._turn_to(before.name, self.activity.step)
+
+    def _turn_to(self, name: str, step: int) -> None:
+        before, now = self.activity, time.monotonic()
+        self.seconds[before.name] = self.seconds.get(before.name, 0.0) + now - before.began
+        self.activity = Activity(name, now, step)
