@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.corpus.build import HELDOUT_FOLDER, BuildConfig, build_examples, describe_drops
 from t5pegasus.data.shards import ExampleShards
 
@@ -23,11 +24,11 @@ class Build:
     continues with the same command, and gives the same bytes.
     """
 
-    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    inputs: tyro.conf.Positional[tuple[StoragePath, ...]]
     """Files to read; their order does not matter, but for which of equal documents is kept."""
-    tokenizer_path: Path
+    tokenizer_path: StoragePath
     """Folder written by `t5pegasus tokenizer train`."""
-    output_path: Path
+    output_path: StoragePath
     """Folder to write."""
     kind: Literal["pretrain", "pairs"] = "pretrain"
     """pretrain: make pseudo-summaries of documents; pairs: texts come with their summaries."""
@@ -45,7 +46,7 @@ class Build:
 
 def main(argv: list[str]) -> None:
     """Parse, build, print what came of it and the next command."""
-    args = tyro.cli(Build, prog="t5pegasus build", args=argv)
+    args = parse_command_line(Build, prog="t5pegasus build", args=argv)
     config = BuildConfig(
         kind=args.kind,
         max_source_tokens=args.max_source_tokens,

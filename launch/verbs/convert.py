@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import write_json
@@ -32,22 +33,22 @@ class Convert:
     compute in the same way is refused by name, and so is an export that would lose something.
     """
 
-    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+    source: Annotated[StoragePath, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
     """Checkpoint, run (its best or last good checkpoint is meant), or model of another program."""
-    output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
+    output: Annotated[StoragePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
     """Folder to create; none with --check."""
-    tokenizer_path: Path | None = None
+    tokenizer_path: StoragePath | None = None
     """Tokenizer folder of a foreign source; without it, the spiece.model or vocab.txt beside it is adopted."""
     numerics: Literal["hf-mt5", "bert4keras", "t5-1.0"] | None = None
     """What a Hugging Face folder was trained with, where its config.json is not to be believed: ports of T5 PEGASUS
     are bert4keras. The special ids are then the tokenizer's."""
     lossy: bool = False
     """Export also what Hugging Face's code cannot compute in the same way; the model card then says so."""
-    retokenize: Path | None = None
+    retokenize: StoragePath | None = None
     """Tokenizer folder: OUTPUT is a checkpoint with its vocabulary, rows of embedding and head made of the old ones."""
     check: bool = False
     """Write nothing; print what SOURCE is, and its cross-entropy on a text."""
-    text: Path | None = None
+    text: StoragePath | None = None
     """Documents or pairs to check on (jsonl, txt, parquet; pairs also tsv); the embedded sample if not given."""
     max_examples: int = 64
     """Examples to check on at most."""
@@ -74,7 +75,7 @@ class Convert:
 
 def main(argv: list[str]) -> None:
     """Convert, retokenize or check, and print what was made and what to do with it."""
-    args = tyro.cli(Convert, prog="t5pegasus convert", args=argv)
+    args = parse_command_line(Convert, prog="t5pegasus convert", args=argv)
     if args.check:
         _check(args)
     elif args.retokenize is not None:

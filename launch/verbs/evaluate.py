@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from launch.generation import Generation, GenerationFlags
 
 
@@ -23,17 +24,17 @@ class Evaluate:
     (source, reference, summary and scores of every pair); t5pegasus report makes a page of them.
     """
 
-    checkpoint: Annotated[tyro.conf.Positional[Path | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
+    checkpoint: Annotated[tyro.conf.Positional[StoragePath | None], tyro.conf.arg(metavar="[CHECKPOINT]")] = None
     """Checkpoint folder, or a run whose best or last good one is meant."""
-    pairs_path: Path
+    pairs_path: StoragePath
     """Pairs: jsonl {text, summary} or lines title<TAB>text (.jsonl, .tsv, .gz and .zst of them)."""
-    summaries: Path | None = None
+    summaries: StoragePath | None = None
     """Score these instead: JSON lines {"summary": …} or lines of text in the order of the pairs, or with their "id"."""
     max_examples: int | None = None
     """Use only so many pairs, the first ones."""
     num_resamples: int = 1000
     """Of the pairs, for the bootstrap intervals."""
-    output_path: Path | None = None
+    output_path: StoragePath | None = None
     """Folder for the two files; the run the checkpoint belongs to, else CHECKPOINT.scores (SUMMARIES.scores) beside."""
 
     generation: Generation = dataclasses.field(default_factory=GenerationFlags)
@@ -63,7 +64,7 @@ class Evaluate:
 
 def main(argv: list[str]) -> None:
     """Parse, evaluate, print the table and where the files lie."""
-    args = tyro.cli(Evaluate, prog="t5pegasus evaluate", args=argv)
+    args = parse_command_line(Evaluate, prog="t5pegasus evaluate", args=argv)
     folder = evaluate(args)
     print(f"\nscores: {folder / 'scores.json'}   summaries: {folder / 'summaries.jsonl'}")
     print(f"next: t5pegasus report {folder}")

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from launch.verbs.finetune import DEFAULT_OPTIMIZER
 from launch.verbs.finetune import TrainFlags as FinetuneFlags
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -60,11 +61,11 @@ class FewShot:
     command again finds the finished cells done and continues; with further sizes or seeds it makes those, too.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[StoragePath]
     """Checkpoint folder, or a run whose best or last good one is meant."""
-    train_path: Path
+    train_path: StoragePath
     """Pairs to draw from (.jsonl or .tsv, also .gz and .zst)."""
-    heldout_path: Path
+    heldout_path: StoragePath
     """Pairs to score on."""
     output_path: Path
     """Folder of the cells, and of few_shot.json."""
@@ -98,7 +99,7 @@ class FewShot:
 
 def main(argv: list[str]) -> None:
     """Parse, make the cells that are missing, print the table and where the results lie."""
-    args = tyro.cli(FewShot, prog="t5pegasus few-shot", args=argv)
+    args = parse_command_line(FewShot, prog="t5pegasus few-shot", args=argv)
     from launch.processes import init_distributed
 
     init_distributed()

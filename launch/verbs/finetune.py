@@ -9,6 +9,7 @@ from typing import Annotated, cast
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from launch.validation import make_scorer
 from launch.verbs.pretrain import report_result
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -45,15 +46,15 @@ class Finetune:
     (--data.max-source-tokens 1024): relative positions have no limit.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[StoragePath]
     """Checkpoint folder, or a run whose best or last good one is meant."""
-    run_path: Path
+    run_path: StoragePath
     """Folder of this run."""
-    train_path: Path | None = None
+    train_path: StoragePath | None = None
     """Pairs to train on (.jsonl or .tsv, also .gz and .zst)."""
-    examples_path: Path | None = None
+    examples_path: StoragePath | None = None
     """Instead of --train-path: examples of pairs, from `t5pegasus build --kind pairs`."""
-    heldout_path: Path | None = None
+    heldout_path: StoragePath | None = None
     """Pairs for the held-out loss and scores."""
     epochs: float = 5.0
     """Passes over the pairs; decides the number of updates."""
@@ -67,7 +68,7 @@ class Finetune:
 
 def main(argv: list[str]) -> None:
     """Parse, turn the pairs into examples, train, print where the result lies."""
-    args = tyro.cli(Finetune, prog="t5pegasus finetune", args=argv)
+    args = parse_command_line(Finetune, prog="t5pegasus finetune", args=argv)
     if (args.train_path is None) == (args.examples_path is None):
         raise UsageError("give the pairs either as --train-path FILE or as --examples-path FOLDER")
     if not 0 < args.epochs < math.inf:

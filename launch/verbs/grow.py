@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json
@@ -35,12 +36,12 @@ class Grow:
     folder of T5 or mT5 becomes a larger Hugging Face folder.
     """
 
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    checkpoint: Annotated[StoragePath, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A checkpoint folder, a run, whose best or last good checkpoint is meant, or a Hugging Face folder; with --explain
     also a preset."""
-    output: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
+    output: Annotated[StoragePath | None, tyro.conf.Positional, tyro.conf.arg(metavar="OUTPUT")] = None
     """Folder to create; default is the run's, checkpoint's or folder's name with -grown."""
-    output_path: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    output_path: Annotated[StoragePath | None, tyro.conf.arg(metavar="PATH")] = None
     """The same, as a flag."""
     to: str | None = None
     """A preset (small, base, large, xl), or field=size pairs joined by commas."""
@@ -70,7 +71,7 @@ class Grow:
     """With --add-tokens: the new tokens have no probability until --open-tokens, so that not one logit changes."""
     open_tokens: bool = False
     """Open the masked tokens."""
-    examples_path: Path | None = None
+    examples_path: StoragePath | None = None
     """Examples to compare the two models on, their `heldout` folder if there is one; default is random tokens."""
     receipt: Literal["full", "logits", "arrays"] = "full"
     """How much is measured before the checkpoint gets its name: all; no gradients and updates, which takes a
@@ -81,7 +82,7 @@ class Grow:
 
 def main(argv: list[str]) -> None:
     """Parse, grow, print plan, receipt, path and what to do next."""
-    args = tyro.cli(Grow, prog="t5pegasus grow", args=argv)
+    args = parse_command_line(Grow, prog="t5pegasus grow", args=argv)
     if args.output is not None and args.output_path is not None:
         raise UsageError(f"OUTPUT is given twice, as {args.output} and --output-path {args.output_path}; leave one out")
     if args.masked and args.add_tokens is None:

@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.presets import PRESETS, preset
+from t5pegasus.storage import open_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +53,13 @@ class Pretrain:
     t5pegasus pretrain small --examples-path examples --run-path runs/progressive --growth step=20000:base
     """
 
-    examples_path: Path
+    examples_path: StoragePath
     """Folder written by `t5pegasus build`."""
-    run_path: Path
+    run_path: StoragePath
     """Folder of this run: config, metrics, checkpoints, report."""
-    heldout_path: Path | None = None
+    heldout_path: StoragePath | None = None
     """Examples for the held-out loss; EXAMPLES_PATH/heldout if it exists."""
-    start_from: Path | None = None
+    start_from: StoragePath | None = None
     """Checkpoint or run whose parameters, optimizer and data position to continue."""
     reset_rows: bool = False
     """With --start-from and other examples: begin at their first row."""
@@ -75,7 +77,7 @@ class Pretrain:
 
 def main(argv: list[str]) -> None:
     """Parse, train, print where the result lies."""
-    args = tyro.cli(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
+    args = parse_command_line(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
     if args.reset_rows and args.start_from is None:
         raise UsageError("--reset-rows goes with --start-from CHECKPOINT: a fresh run begins at row 0 anyway")
     from launch.processes import init_distributed
@@ -135,7 +137,7 @@ def _defaults(argv: list[str]) -> dict[str, Any]:
         return {"args": ["--help"], "default": _flags(config, {})}
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--run-path", "--start-from"):
-        early.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=Path)
+        early.add_argument(flag, flag.replace("-", "_").replace("__", "--"), type=open_path)
     known, _ = early.parse_known_args(rest)
     config, paths = _choose_config(name, known.run_path, known.start_from)
     return {"args": rest, "default": _flags(config, paths)}
@@ -158,7 +160,7 @@ def _choose_config(
     record = load_run_record(run_path) if run_path is not None else None
     if name is None and record is not None:
         config, paths = record
-        return config, {field: Path(value) for field, value in paths.items() if value is not None}
+        return config, {field: open_path(value) for field, value in paths.items() if value is not None}
     if start_from is not None:
         source = load_checkpoint_info(find_checkpoint(start_from)).config
         if name is None:

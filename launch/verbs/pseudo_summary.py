@@ -3,10 +3,8 @@
 import dataclasses
 import json
 import sys
-from pathlib import Path
 
-import tyro
-
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.errors import DataError
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.pseudo_summary import make_pseudo_summary
@@ -24,13 +22,13 @@ class PseudoSummary:
     768 characters. The sentences of the target are cut out of the source; joined they are the target.
     """
 
-    input: Path | None = None
+    input: StoragePath | None = None
     """JSON lines with the key `text`, or plain lines; also .gz and .zst. Default: stdin."""
 
 
 def main(argv: list[str]) -> None:
     """Parse, and write the chunks of each document."""
-    args = tyro.cli(PseudoSummary, prog="t5pegasus pseudo-summary", args=argv)
+    args = parse_command_line(PseudoSummary, prog="t5pegasus pseudo-summary", args=argv)
     num_documents = num_without = 0
     for record in read_lines_or_json(args.input or sys.stdin.buffer):
         if not isinstance(record["text"], str):

@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-import tyro
+from launch.command_line import parse_command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Quickstart:
 
 def main(argv: list[str]) -> None:
     """Parse and run the recipe."""
-    args = tyro.cli(Quickstart, prog="t5pegasus quickstart", args=argv)
+    args = parse_command_line(Quickstart, prog="t5pegasus quickstart", args=argv)
     from launch.processes import init_distributed
 
     init_distributed()

@@ -1,10 +1,11 @@
 """`t5pegasus report`: one self-contained page about runs and what they came from."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
+
+from launch.command_line import StoragePath, parse_command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +17,9 @@ class Report:
     The page also tells of the runs and growths that the given ones came from, on one axis of steps.
     """
 
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
+    runs: Annotated[tuple[StoragePath, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]")]
     """Run folders, or folders that evaluate wrote; the last one has the headline."""
-    output: Path | None = None
+    output: StoragePath | None = None
     """The file to write; report.html in the last run's folder if not given."""
     examples: int = 5
     """Summaries to show of the best, of the worst, and of those around the median."""
@@ -26,7 +27,7 @@ class Report:
 
 def main(argv: list[str]) -> int:
     """Write the page and print its path."""
-    request = tyro.cli(Report, prog="t5pegasus report", args=argv)
+    request = parse_command_line(Report, prog="t5pegasus report", args=argv)
     from t5pegasus.errors import UsageError
     from t5pegasus.report import write_report
 

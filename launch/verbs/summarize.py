@@ -10,6 +10,7 @@ from typing import Any
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from launch.generation import Generation, GenerationFlags
 
 _PORTION_BATCHES = 16
@@ -26,9 +27,9 @@ class Summarize:
     which texts of similar length go together; stdin is answered batch by batch.
     """
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: tyro.conf.Positional[StoragePath]
     """Checkpoint folder, or a run whose best or last good one is meant."""
-    input: Path = Path("-")
+    input: StoragePath = Path("-")
     """File of documents (also .gz, .zst), or - for stdin."""
     generation: Generation = dataclasses.field(default_factory=GenerationFlags)
     """How the summaries are written."""
@@ -36,7 +37,7 @@ class Summarize:
 
 def main(argv: list[str]) -> None:
     """Parse, load the parameters, summarize, portion by portion."""
-    args = tyro.cli(Summarize, prog="t5pegasus summarize", args=argv)
+    args = parse_command_line(Summarize, prog="t5pegasus summarize", args=argv)
     from launch.processes import init_distributed
 
     init_distributed()

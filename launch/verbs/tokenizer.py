@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.progress import Progress
 from t5pegasus.text.clean import clean_documents
@@ -32,16 +33,16 @@ class Train:
     The same inputs give the same tokenizer, byte for byte.
     """
 
-    output_path: Path
+    output_path: StoragePath
     """Folder to write: tokenizer.json and vocab.txt or spiece.model."""
-    input: tuple[Path, ...] = ()
+    input: tuple[StoragePath, ...] = ()
     """Files of documents."""
     vocab_size: int = 50_000
     """Number of entries, exactly."""
     kind: Literal["wordpiece", "sentencepiece", "bert"] = "wordpiece"
     """wordpiece: T5-PEGASUS, dictionary words; sentencepiece: mT5, unigram with byte pieces; bert: Chinese BERT,
     single characters and word pieces, for a vocab.txt that is adopted."""
-    from_vocabulary: Path | None = None
+    from_vocabulary: StoragePath | None = None
     """Adopt this vocab.txt or spiece.model as it is, instead of training."""
 
 
@@ -52,9 +53,9 @@ class Encode:
     For example: echo 今天天气不错 | t5pegasus tokenizer encode --tokenizer-path tokenizer
     """
 
-    tokenizer_path: Path
+    tokenizer_path: StoragePath
     """Folder written by `t5pegasus tokenizer train`."""
-    input: Path | None = None
+    input: StoragePath | None = None
     """JSON lines with the key `text`, or plain lines; also .gz and .zst. Default: stdin."""
     specials: bool = False
     """With the special tokens that the encoder reads around a source."""
@@ -67,15 +68,15 @@ class Decode:
     For example: t5pegasus tokenizer decode --tokenizer-path tokenizer --input ids.jsonl
     """
 
-    tokenizer_path: Path
+    tokenizer_path: StoragePath
     """Folder written by `t5pegasus tokenizer train`."""
-    input: Path | None = None
+    input: StoragePath | None = None
     """JSON lines with the key `ids`, or plain lines of ids between spaces. Default: stdin."""
 
 
 def main(argv: list[str]) -> None:
     """Parse the command and run it."""
-    args = tyro.cli(
+    args = parse_command_line(
         Annotated[Train, tyro.conf.subcommand("train")]
         | Annotated[Encode, tyro.conf.subcommand("encode")]
         | Annotated[Decode, tyro.conf.subcommand("decode")],

@@ -1,0 +1,75 @@
+"""Command lines: flags out of a dataclass, with paths that lie in an object store where the verb can use one."""
+
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+from t5pegasus.errors import UsageError
+from t5pegasus.storage import is_remote, is_remote_text, open_path
+
+_Flags = TypeVar("_Flags")
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, Path) or hasattr(value, "storage_options")
+
+
+StoragePath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|gs://…",
+        instance_from_str=lambda texts: open_path(texts[0]),
+        is_instance=_is_path,
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""A flag for a local path or one in an object store; one of type Path takes local paths only, and says so."""
+
+_LOCAL_PATHS = ConstructorRegistry()
+
+
+@_LOCAL_PATHS.primitive_rule
+def _local_path(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    if info.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda texts: _open_local(texts[0]),
+        is_instance=_is_path,
+        str_from_instance=lambda path: [str(path)],
+    )
+
+
+def _open_local(text: str) -> Path:
+    if is_remote_text(text):
+        raise UsageError(f"{text}: this flag takes a path on this machine only; copy it here, or there afterwards")
+    return open_path(text)
+
+
+def parse_command_line(flags: type[_Flags] | Any, **options: Any) -> Any:
+    """Parse the arguments of a verb: `tyro.cli`, with paths as this module says.
+
+    Args:
+        flags: what the arguments become.
+        options: of `tyro.cli`.
+
+    Raises:
+        UsageError: if a path lies where the verb cannot use it, or its scheme is not known.
+        SystemExit: for `--help`, and for what tyro refuses itself.
+    """
+    with _LOCAL_PATHS:
+        return tyro.cli(flags, **options)
+
+
+def require_local(path: Path, why: str) -> None:
+    """Refuse an object store in words.
+
+    Raises:
+        UsageError: if the path lies in one.
+    """
+    if is_remote(path):
+        raise UsageError(f"{path}: {why}; choose a path on this machine")
