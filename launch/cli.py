@@ -13,10 +13,11 @@ import traceback
 from collections.abc import Iterator
 from typing import NamedTuple, NoReturn
 
-from launch.processes import is_one_of_several
+from launch.exit_codes import Terminated, exit_code
+from launch.processes import is_one_of_several, leave_at_once
 from t5pegasus import __doc__ as PROJECT_IN_ONE_SENTENCE
 from t5pegasus import __version__
-from t5pegasus.errors import T5PegasusError, UsageError
+from t5pegasus.errors import PreemptedError, T5PegasusError, UsageError
 
 _FREE_SPACE = "free some space or choose another disk, then give the same command again"
 _MAY_WRITE = "choose a folder you may write to, or change its permissions"
@@ -28,15 +29,6 @@ _WAYS_OUT = {
     errno.EPERM: _MAY_WRITE,
     errno.EROFS: _MAY_WRITE,
 }
-EXIT_BUG = 1
-EXIT_DISK = 46
-EXIT_INTERRUPTED = 128 + signal.SIGINT
-EXIT_TERMINATED = 128 + signal.SIGTERM
-EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which schedulers and `kill` send: it stops a verb as Ctrl-C does."""
 
 
 class Verb(NamedTuple):
@@ -45,6 +37,8 @@ class Verb(NamedTuple):
     summary: str
     parallel: bool = False
     """Whether several processes can run it together."""
+    saves: bool = False
+    """Whether it answers SIGTERM by saving what it has done, with exit code 42."""
 
     @staticmethod
     def module(name: str) -> str:
@@ -56,9 +50,9 @@ VERBS = {
     "tokenizer": Verb("train a tokenizer on documents; encode and decode text with it"),
     "build": Verb("clean and deduplicate documents and turn them into training examples"),
     "pseudo-summary": Verb("show the sentences that become the target of each document"),
-    "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True),
+    "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True, saves=True),
     "grow": Verb("turn a checkpoint into a larger one that computes the same", parallel=True),
-    "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True),
+    "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True, saves=True),
     "few-shot": Verb("fine-tune on 10, 100, 1,000 pairs under several seeds, as a table"),
     "summarize": Verb("write summaries of documents"),
     "evaluate": Verb("held-out loss, ROUGE and BLEU of a checkpoint or of given summaries"),
@@ -98,13 +92,12 @@ def format_help() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run one verb and return the exit code of the process.
 
-    0 complete, 1 bug (with its traceback), 2 usage or bad input, 44 bad data, 45 diverged, 46 disk or I/O,
-    130 interrupted, 143 terminated; the same command then goes on. In a job of several processes a failing one ends at
-    once, without the clean-up in which JAX would wait for peers that are themselves waiting for it.
+    The codes are those of `launch.exit_codes`. In a job of several processes a failing one ends at once, without the
+    clean-up in which JAX would wait for peers that are themselves waiting for it.
     """
     code = _run(sys.argv[1:] if argv is None else argv)
     if code != 0 and is_one_of_several():
-        _leave_at_once(code)
+        leave_at_once(code)
     return code
 
 
@@ -131,10 +124,15 @@ def _dispatch(argv: list[str]) -> int:
             print(f"t5pegasus {__version__}")
             return 0
     name, *arguments = argv
-    find_verb(name)
+    verb = find_verb(name)
     _log_to_stderr()
-    with _termination_as_interrupt():
-        return importlib.import_module(Verb.module(name)).main(arguments) or 0
+    try:
+        with _termination_as_interrupt():
+            return importlib.import_module(Verb.module(name)).main(arguments) or 0
+    except Terminated:
+        if verb.saves:  # it had not come to where it listens itself
+            raise PreemptedError("terminated before it had begun; the same command goes on") from None
+        raise
 
 
 @contextlib.contextmanager
@@ -161,25 +159,24 @@ def _report(error: BaseException, speaker: str) -> int:
     match error:
         case SystemExit():  # argument parsers end this way, after they have printed their own message
             message = error.code if isinstance(error.code, str) else None
-            code = EXIT_BUG if message else int(error.code or 0)
         case T5PegasusError():
-            message, code = f"{speaker}: {error}", error.exit_code
+            message = f"{speaker}: {error}"
         case Terminated():
-            message, code = f"{speaker}: terminated; give the same command again to go on", EXIT_TERMINATED
+            message = f"{speaker}: terminated; give the same command again to go on"
         case KeyboardInterrupt():
-            message, code = f"{speaker}: interrupted; give the same command again to go on", EXIT_INTERRUPTED
+            message = f"{speaker}: interrupted; give the same command again to go on"
         case BrokenPipeError():
             # The reader (`head`) has seen enough; Python would complain when it flushes stdout once more at
             # exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            message, code = None, EXIT_BROKEN_PIPE
+            message = None
         case OSError():
-            message, code = f"{speaker}: {_describe(error)}", EXIT_DISK
+            message = f"{speaker}: {_describe(error)}"
         case _:
-            message, code = "".join(traceback.format_exception(error)).rstrip(), EXIT_BUG
+            message = "".join(traceback.format_exception(error)).rstrip()
     if message:
         print(message, file=sys.stderr)
-    return code
+    return exit_code(error)
 
 
 def _describe(error: OSError) -> str:
@@ -188,14 +185,6 @@ def _describe(error: OSError) -> str:
     if error.errno in _WAYS_OUT:
         reason += f"; {_WAYS_OUT[error.errno]}"
     return f"{' -> '.join(paths)}: {reason}" if paths else reason
-
-
-def _leave_at_once(code: int) -> NoReturn:
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    finally:
-        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,22 @@ import platform
 import re
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, NoReturn
 
 from launch.process_group import find_process_group, is_tpu_vm
+from launch.termination import is_heard
 
 _is_one_of_several = False
+before_leaving: list[Callable[[], None]] = []
+"""What one of several processes does between its last word and its end."""
+
+_JOIN_SECONDS = 300
+_HEARTBEAT_SECONDS = 100
+"""From which JAX takes a process for lost. Runs that train notice earlier (`launch.watchdog`), and say more."""
+_SHUTDOWN_SECONDS = 60
+"""Process 0 waits so long for the others at the end of a job that has succeeded."""
 
 
 def is_one_of_several() -> bool:
@@ -20,12 +30,26 @@ def is_one_of_several() -> bool:
     return _is_one_of_several
 
 
-def init_distributed() -> None:
+def leave_at_once(code: int) -> NoReturn:
+    """End this process without the clean-up in which JAX would wait for others that are waiting for this one."""
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for act in before_leaving:
+            act()
+    finally:
+        os._exit(code)
+
+
+def init_distributed(join_seconds: int = 0) -> None:
     """Make this process ready to use JAX: call it first in every verb that does.
 
     Keeps compiled programs between runs, and joins the other processes if the environment says there are any.
     In a job of several processes results come once: process 0 keeps stdout, what the others print goes to
     stderr, and so does what the C++ libraries print themselves.
+
+    Args:
+        join_seconds: after which the caller itself gives up waiting for the other processes; 0 if JAX is to.
 
     Raises:
         UsageError: the environment describes a job of several processes incompletely.
@@ -38,7 +62,8 @@ def init_distributed() -> None:
     if _is_one_of_several:
         return
     _is_one_of_several = True
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for the end of a collective
+    if not is_heard():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for the end of a collective
     results = _send_stdout_to_stderr()
     _keep_compiled_programs()
 
@@ -47,15 +72,24 @@ def init_distributed() -> None:
     # JAX's preemption service would catch SIGTERM and wait for a training loop to ask about it: the job ran on.
     jax.config.update("jax_enable_preemption_service", False)
     if group is not None:
-        jax.distributed.initialize(**dataclasses.asdict(group), cluster_detection_method="deactivate")
+        described = {**dataclasses.asdict(group), "cluster_detection_method": "deactivate"}
+        jax.distributed.initialize(**described, **_time_limits(join_seconds))
         process_id = group.process_id
     else:
-        jax.distributed.initialize()
+        jax.distributed.initialize(**_time_limits(join_seconds))
         process_id = jax.process_index()
     if process_id == 0:
         sys.stdout = open(results, "w", encoding="utf-8", buffering=1)  # noqa: SIM115, PTH123 - lives as long as we
     else:
         os.close(results)
+
+
+def _time_limits(join_seconds: int) -> dict[str, Any]:
+    return {
+        "initialization_timeout": join_seconds + 60 if join_seconds else _JOIN_SECONDS,
+        "heartbeat_timeout_seconds": _HEARTBEAT_SECONDS,
+        "shutdown_timeout_seconds": _SHUTDOWN_SECONDS,
+    }
 
 
 def compilation_cache_path(environment: Mapping[str, str]) -> Path:

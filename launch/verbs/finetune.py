@@ -9,9 +9,11 @@ from typing import Annotated, cast
 
 import tyro
 
+from launch.attempt import Attempt
 from launch.command_line import StoragePath, parse_command_line
 from launch.validation import make_scorer
-from launch.verbs.pretrain import report_result
+from launch.verbs.pretrain import attempt_facts, report_result
+from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
 
@@ -64,18 +66,22 @@ class Finetune:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: DEFAULT_OPTIMIZER)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainFlags = dataclasses.field(default_factory=TrainFlags)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
 
 def main(argv: list[str]) -> None:
     """Parse, turn the pairs into examples, train, print where the result lies."""
+    with Attempt(["finetune", *argv]) as attempt:
+        _finetune(argv, attempt)
+
+
+def _finetune(argv: list[str], attempt: Attempt) -> None:
     args = parse_command_line(Finetune, prog="t5pegasus finetune", args=argv)
     if (args.train_path is None) == (args.examples_path is None):
         raise UsageError("give the pairs either as --train-path FILE or as --examples-path FOLDER")
     if not 0 < args.epochs < math.inf:
         raise UsageError(f"epochs={args.epochs} must be positive")
-    from launch.processes import init_distributed
-
-    init_distributed()
+    attempt.join(args.run_path, args.watch)
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
     from t5pegasus.data.loader import PackedRows
     from t5pegasus.train.run import RunPaths, train_run
@@ -98,7 +104,8 @@ def main(argv: list[str]) -> None:
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     paths = RunPaths(args.run_path, examples_path, heldout_path, source)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path)
-    checkpoint = train_run(config, paths, keep_state=False, scorer=scorer)
+    attempt.begin(attempt_facts(config, paths))
+    checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, control=attempt.control)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]
     report_result(checkpoint, args.run_path, shlex.join(["t5pegasus", "evaluate", str(args.run_path), *pairs]))
 

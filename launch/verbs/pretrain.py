@@ -2,17 +2,23 @@
 
 import argparse
 import dataclasses
+import json
 import shlex
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from launch.attempt import Attempt
 from launch.command_line import StoragePath, parse_command_line
+from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.presets import PRESETS, preset
 from t5pegasus.storage import open_path
+
+if TYPE_CHECKING:
+    from t5pegasus.train.run_folder import RunPaths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +79,20 @@ class Pretrain:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainFlags = dataclasses.field(default_factory=TrainFlags)
+    watch: WatchConfig = dataclasses.field(default_factory=WatchConfig)
 
 
 def main(argv: list[str]) -> None:
     """Parse, train, print where the result lies."""
+    with Attempt(["pretrain", *argv]) as attempt:
+        _pretrain(argv, attempt)
+
+
+def _pretrain(argv: list[str], attempt: Attempt) -> None:
     args = parse_command_line(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
     if args.reset_rows and args.start_from is None:
         raise UsageError("--reset-rows goes with --start-from CHECKPOINT: a fresh run begins at row 0 anyway")
-    from launch.processes import init_distributed
-
-    init_distributed()
+    attempt.join(args.run_path, args.watch)
     from launch.growth_events import choose_stages, plan_events
     from t5pegasus.checkpoint import load_checkpoint_info
     from t5pegasus.data.shards import ExampleShards
@@ -97,10 +107,25 @@ def main(argv: list[str]) -> None:
         config = fit_to_examples(config, manifest)
     paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
     events = plan_events(config, choose_stages(args.growth, args.run_path))
-    checkpoint = train_run(config, paths, reset_rows=args.reset_rows, events=events)
+    facts = attempt_facts(config, paths) | {"growth": " ".join(event.plan_hash for event in events)}
+    attempt.begin(facts)
+    checkpoint = train_run(config, paths, reset_rows=args.reset_rows, events=events, control=attempt.control)
     wider = f"d_model={load_checkpoint_info(checkpoint).config.model.d_model * 3 // 2}"
     grow = ["grow", args.run_path, "--to", wider, "--examples-path", args.examples_path]
     report_result(checkpoint, args.run_path, shlex.join(map(str, ["t5pegasus", *grow])))
+
+
+def attempt_facts(config: RunConfig, paths: "RunPaths") -> dict[str, str]:
+    """What must be the same in all processes of a job.
+
+    Raises:
+        UsageError: if the run path holds another artifact.
+    """
+    from t5pegasus.train.run_folder import check_run_path
+
+    check_run_path(paths.run_path)
+    facts = {group: json.dumps(fields, sort_keys=True) for group, fields in config.to_json().items()}
+    return facts | {name: str(path) for name, path in paths.to_json().items()}
 
 
 def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
