@@ -19,6 +19,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from t5pegasus.errors import ArtifactError, reading, writing
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
+from t5pegasus.storage import fetch, open_path
 
 MANIFEST = "manifest.json"
 LENGTHS = "lengths.npy"
@@ -177,12 +178,13 @@ class ExampleShards:
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Open a folder that `t5pegasus build` wrote.
+        """Open a folder that `t5pegasus build` wrote; of one in an object store a verified copy is made here first.
 
         Raises:
             ArtifactError: if the folder is unfinished, or a file of it is missing or damaged.
+            OSError: if the store fails, or the disk has no room for the copy.
         """
-        self.path = Path(path)
+        self.path = fetch(open_path(str(path)))
         if not (self.path / MANIFEST).is_file():
             raise ArtifactError(
                 f"{self.path} is no folder of examples: {MANIFEST}, which is written last, is missing; "

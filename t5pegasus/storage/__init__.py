@@ -11,8 +11,10 @@ from t5pegasus.storage.fetched import fetch
 from t5pegasus.storage.files import copy_file, list_files, read_range, remove_tree, write_bytes
 from t5pegasus.storage.paths import is_remote, is_remote_text, open_path
 from t5pegasus.storage.trees import copy_tree
+from t5pegasus.storage.working_copy import WorkingCopy, working_copy
 
 __all__ = [
+    "WorkingCopy",
     "copy_file",
     "copy_tree",
     "fetch",
@@ -22,5 +24,6 @@ __all__ = [
     "open_path",
     "read_range",
     "remove_tree",
+    "working_copy",
     "write_bytes",
 ]

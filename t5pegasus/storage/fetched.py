@@ -12,13 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.errors import ArtifactError, reading
+from t5pegasus.errors import ArtifactError, reading, writing
+from t5pegasus.storage.attempts import attempt
 from t5pegasus.storage.files import list_files, write_bytes
 from t5pegasus.storage.paths import is_remote
+from t5pegasus.storage.transfer import NUM_THREADS, PART_BYTES
+from t5pegasus.storage.trees import MARKS
 
 CACHE_VARIABLE = "T5PEGASUS_CACHE"
-_MARKS = ("manifest.json", "tokenizer.json")
-"""What is written last into a folder, and so tells that it is whole."""
 _SPARE_BYTES = 256 << 20
 
 
@@ -32,52 +33,66 @@ def cache_path(environment: Mapping[str, str]) -> Path:
 def fetch(path: Path, wanted: Callable[[str], bool] | None = None) -> Path:
     """A local copy of an artifact; a local path comes back as it is.
 
-    Examples and checkpoints are known by their `manifest.json`, a tokenizer by its `tokenizer.json`, anything else must
-    be a single file. Copies are kept by content: two names of the same artifact have one copy. Each file is compared
-    with the manifest's size and sha256 before it gets its name. Cut off, the next call goes on where this one was, and
-    of several processes of a machine one fetches while the others wait for it.
+    Examples and checkpoints are known by their `manifest.json`, tokenizers by their `tokenizer.json`, other folders and
+    single files by what the store says of them. Copies are kept by content: two names of one artifact have one copy.
+    Each file is compared with the manifest's size and sha256 before it gets its name. Cut off, the next call goes on
+    where this one was, and of several processes of a machine one fetches while the others wait for it.
 
     Args:
         path: the artifact.
         wanted: which of its files to fetch, by name; None for all.
 
     Raises:
-        ArtifactError: if it is no whole artifact, or a file differs from what the manifest says.
+        ArtifactError: if there is nothing, or a file differs from what the manifest says.
         OSError: if the disk has not enough room, or the store fails.
     """
     if not is_remote(path):
         return path
-    if path.is_file():
-        return _fetch_file(path)
     mark, content = _read_mark(path)
-    files = _entries(path, mark, content)
+    if mark is not None:
+        files = _entries(path, mark, content)
+    else:
+        files, content = _listed(path)
     if wanted is not None:
         files = {name: entry for name, entry in files.items() if wanted(name)}
     folder = cache_path(os.environ) / "fetched" / hashlib.sha256(content).hexdigest()[:32] / path.name
-    with _alone(folder):
+    with alone(folder):
         missing = {name: entry for name, entry in files.items() if _size(folder / name) != entry["bytes"]}
         _require_room(path, folder, missing)
-        with ThreadPoolExecutor(8) as pool:
-            futures = [pool.submit(_fetch_verified, path / name, folder / name, missing[name]) for name in missing]
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            futures = [
+                pool.submit(_fetch_verified, path / name if name else path, folder / (name or path.name), entry)
+                for name, entry in missing.items()
+            ]
             try:
                 for future in futures:
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        if not (folder / mark).is_file():
+        if mark is not None and not (folder / mark).is_file():
             write_bytes(folder / mark, content)
-    return folder
+    return folder / path.name if files.keys() == {""} else folder
 
 
-def _read_mark(path: Path) -> tuple[str, bytes]:
-    for mark in _MARKS:
+def _read_mark(path: Path) -> tuple[str | None, bytes]:
+    for mark in MARKS[:2]:
         with contextlib.suppress(FileNotFoundError):
             return mark, (path / mark).read_bytes()
-    raise ArtifactError(
-        f"{path} is no finished artifact: it has neither {' nor '.join(_MARKS)}; check the address, "
-        "or finish what was to make it"
-    )
+    return None, b""
+
+
+def _listed(path: Any) -> tuple[dict[str, dict[str, Any]], bytes]:
+    """Files without a description of ours, and what identifies their content; a single file by the name ''."""
+    found = attempt(path, "list", lambda: path.fs.find(path.path, detail=True))
+    if not found:
+        raise ArtifactError(f"{path} does not exist; check the address")
+    files = {name.strip("/").removeprefix(path.path.strip("/")).strip("/"): info for name, info in found.items()}
+    identity = [
+        (name, info["size"], str(info.get("etag") or info.get("created") or info.get("mtime")))
+        for name, info in sorted(files.items())
+    ]
+    return {name: {"bytes": info["size"]} for name, info in files.items()}, repr(identity).encode()
 
 
 def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]:
@@ -87,37 +102,29 @@ def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]
         listed = {name: dict(entry) for name, entry in manifest.get("files", {}).items()}
         for shard in manifest.get("shards", ()):
             listed[shard["file"]] = {"bytes": shard["bytes"], "sha256": shard["sha256"]}
-        found = list_files(path)
-        for name, size in found.items():
-            entry = {"bytes": size}
-            if name == "lengths.npy" and "lengths_sha256" in manifest:
-                entry["sha256"] = manifest["lengths_sha256"]
-            # Of examples, packing tables are made here; held-out ones beside them are an artifact of their own.
-            if name != mark and not listed.get(name) and not name.startswith(("packing", ".")):
-                listed[name] = entry
+        if "lengths_sha256" in manifest:
+            listed["lengths.npy"] = {"sha256": manifest["lengths_sha256"]}
+    found = list_files(path)
+    others = tuple(name.removesuffix("manifest.json") for name in found if name.endswith("/manifest.json"))
+    for name, size in found.items():
+        # Artifacts of their own, such as held-out examples, are fetched when they are asked for; packing tables are
+        # made here.
+        if name != mark and not name.startswith((*others, "packing", ".")):
+            listed.setdefault(name, {}).setdefault("bytes", size)
+        if strange := [name for name in listed if name.startswith("/") or ".." in name.split("/")]:
+            raise ArtifactError(f"{path / mark}: {strange[0]!r} is no name of a file in it; do not use this artifact")
+        if absent := [name for name, entry in listed.items() if "bytes" not in entry]:
+            raise ArtifactError(f"{path}: file {absent[0]} is missing; copy the artifact anew")
     return listed
-
-
-def _fetch_file(path: Path) -> Path:
-    info = path.stat()
-    identity = f"{path} {info.st_size} {info.st_mtime}"
-    target = cache_path(os.environ) / "fetched" / hashlib.sha256(identity.encode()).hexdigest()[:32] / path.name
-    with _alone(target.parent):
-        if _size(target) != info.st_size:
-            entry = {"bytes": info.st_size}
-            _require_room(path, target.parent, {path.name: entry})
-            _fetch_verified(path, target, entry)
-    return target
 
 
 def _fetch_verified(source: Path, target: Path, entry: Mapping[str, Any]) -> None:
     from t5pegasus.storage.remote_path import read_object_range
-    from t5pegasus.storage.transfer import PART_BYTES
 
     target.parent.mkdir(parents=True, exist_ok=True)
     part, size = target.with_name(target.name + ".part"), int(entry["bytes"])
     digest, done = hashlib.sha256(), 0
-    with part.open("a+b") as file:
+    with writing(part), part.open("a+b") as file:
         file.seek(0)
         while done < size and (block := file.read(min(PART_BYTES, size - done))):
             digest.update(block)
@@ -143,7 +150,7 @@ def _fetch_verified(source: Path, target: Path, entry: Mapping[str, Any]) -> Non
 
 
 @contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """One process of this machine at a time; the lock goes with the process that held it."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{folder.name}.lock").open("w") as lock:
