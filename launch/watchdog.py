@@ -213,6 +213,8 @@ class Watchdog(threading.Thread):
         return Verdict(exit_code(error) or 1, "failed", message, self.process, has_stacks=True)
 
     def _pace(self, now: float, step: int, seconds: dict[str, float]) -> dict[str, float] | None:
+        if self.control.first_step is None:
+            return None
         own = seconds.get("data", 0.0) + seconds.get("step", 0.0)
         self._paces.append((now, step, own))
         while self._paces[0][0] < now - _PACE_SECONDS and len(self._paces) > 2:

@@ -1,5 +1,6 @@
 """`t5pegasus launch`: run a verb as several processes on this machine, or on Cloud TPU VMs."""
 
+import argparse
 import dataclasses
 import sys
 from pathlib import Path
@@ -8,7 +9,10 @@ from typing import Annotated
 import tyro
 
 from launch.backends.tpu_vm import TpuVms, run_on_tpu_vm, show_tpu_vm_plan
+from launch.cli import find_verb
 from launch.job import JobSpec
+from launch.restarts import Restarts, run_again
+from t5pegasus.storage import open_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,9 @@ class Local:
     """How many processes, as many as a pod has hosts."""
     devices_per_process: int = 1
     """CPU devices of each process, as a host has chips."""
+    restart: bool = False
+    """Start the job again when it ends before it is done, as often as --restarts allows."""
+    restarts: Restarts = dataclasses.field(default_factory=Restarts)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,12 +68,26 @@ def main(argv: list[str]) -> int:
 
 
 def _run_here(where: Local, command: tuple[str, ...]) -> int:
-    from launch.backends.local import run_locally
+    from launch.backends.local import JobEnding, run_locally
 
     JobSpec(command).require_parallel(where.processes)
     # -P: a file in the user's folder must not shadow a library.
     argv = [sys.executable, "-P", "-m", "launch.cli", *command]
-    return run_locally(argv, where.processes, where.devices_per_process)
+    saves, run_path = find_verb(command[0]).saves, _find_run_path(command)
+
+    def run() -> JobEnding:
+        return run_locally(argv, where.processes, where.devices_per_process, run_path=run_path, saves=saves)
+
+    return run_again(run, where.restarts, run_path) if where.restart else run().code
+
+
+def _find_run_path(command: tuple[str, ...]) -> Path | None:
+    """Where a verb that trains leaves records of how it ended."""
+    if not find_verb(command[0]).saves:
+        return None
+    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags.add_argument("--run-path", "--run_path", type=open_path)
+    return flags.parse_known_args(command[1:])[0].run_path
 
 
 def _run_on_tpu_vm(where: TpuVm, command: tuple[str, ...]) -> int:

@@ -59,7 +59,7 @@ time.sleep(600)
 
 
 def test_two_processes_share_one_mesh_and_results_come_once(capfdbinary):
-    assert run_locally([sys.executable, "-c", SUM_OVER_ALL_DEVICES], 2, devices_per_process=3) == 0
+    assert run_locally([sys.executable, "-c", SUM_OVER_ALL_DEVICES], 2, devices_per_process=3).code == 0
     captured = capfdbinary.readouterr()
     assert captured.out == b"from the start\ntotal 21.0 of 2 processes, 6 devices\n"
     assert b"[p1] total 21.0 of 2 processes, 6 devices\n" in captured.err
@@ -67,7 +67,7 @@ def test_two_processes_share_one_mesh_and_results_come_once(capfdbinary):
 
 def test_a_failing_process_ends_the_others_and_is_blamed(capfd):
     start = time.monotonic()
-    assert run_locally([sys.executable, "-c", FAIL_IN_PROCESS_1], 2) == 44
+    assert run_locally([sys.executable, "-c", FAIL_IN_PROCESS_1], 2).code == 44
     assert time.monotonic() - start < 120  # not the 600 s of the process that would wait
     error = capfd.readouterr().err
     assert "[p1] t5pegasus pretrain: record 7 is torn\n" in error
@@ -77,7 +77,7 @@ def test_a_failing_process_ends_the_others_and_is_blamed(capfd):
 def test_signals_reach_every_process_and_nothing_stays_behind(tmp_path):
     script = (
         "import sys; from launch.backends.local import run_locally; "
-        f"sys.exit(run_locally([sys.executable, '-c', {JOIN_AND_WAIT!r}], 2))"
+        f"sys.exit(run_locally([sys.executable, '-c', {JOIN_AND_WAIT!r}], 2).code)"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as launcher:
         assert launcher.stdout is not None
@@ -91,7 +91,7 @@ def test_signals_reach_every_process_and_nothing_stays_behind(tmp_path):
 
 def test_lines_stay_whole_and_marked(capfdbinary):
     script = "import os, sys; sys.stderr.write('一行\\n' * 50 + '没有换行'); print(os.environ['JAX_PROCESS_ID'])"
-    assert run_locally([sys.executable, "-c", script], 2) == 0
+    assert run_locally([sys.executable, "-c", script], 2).code == 0
     captured = capfdbinary.readouterr()
     assert captured.out == b"0\n"
     lines = captured.err.decode().removesuffix("\n").split("\n")
@@ -110,7 +110,7 @@ def test_lines_stay_whole_and_marked(capfdbinary):
     ],
 )
 def test_the_first_to_fail_is_blamed(endings, code):
-    assert _blame([Ending(*ending) for ending in endings], 2) == code
+    assert _blame([Ending(*ending) for ending in endings], 2, {}) == code
 
 
 def test_counts_below_one_are_refused():
