@@ -11,17 +11,29 @@ class MeshConfig(Record):
     """Devices along each mesh axis; -1 takes all that the others leave (one axis at most)."""
 
     data: int = -1
-    """Replicates the parameters, splits the batch."""
+    """Replicates the parameters, splits the batch; over all slices."""
     fsdp: int = 1
     """Splits parameters and batch."""
     tensor: int = 1
     """Splits heads, feed-forward units and vocabulary."""
+    slices: int = -1
+    """Groups of devices between which the data-center network lies: TPU slices, or nodes of GPUs. They are the
+    outermost part of `data`, so that only gradients cross the network. -1 takes what the devices say."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         require(
             all(size >= 1 or size == -1 for size in sizes) and sizes.count(-1) <= 1,
             f"mesh data={self.data} fsdp={self.fsdp} tensor={self.tensor}: sizes must be positive, one may be -1",
+        )
+        require(
+            self.slices >= 1 or self.slices == -1,
+            f"mesh slices={self.slices} must be positive, or -1: as many as the devices lie in",
+        )
+        require(
+            self.slices == -1 or self.data == -1 or self.data % self.slices == 0,
+            f"mesh data={self.data} is no multiple of slices={self.slices}, over which the parameters are replicated; "
+            f"choose data={self.slices * max(1, round(self.data / self.slices))}, or -1",
         )
 
     def resolve(self, num_devices: int) -> tuple[int, int, int]:

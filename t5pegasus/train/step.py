@@ -11,7 +11,7 @@ from t5pegasus.axes import ParamSpec
 from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import declare_parameters
-from t5pegasus.sharding import batch_shardings, check_batch_divides
+from t5pegasus.sharding import batch_shardings, check_divides
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.ema import update_ema
 from t5pegasus.train.gradients import pure_gradients
@@ -33,6 +33,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> OnMesh:
     check_batch_divides(config.train.batch_size, config.train.accumulation_steps, mesh)
     specs = declare_parameters(config.model)
     update = pure_train_step(config, specs, resolve_compute_dtype(config))
+    check_divides(config, specs, mesh)
     shardings = state_shardings(specs, mesh, config.optimizer, with_ema=config.train.ema_decay > 0)
     return OnMesh(
         mesh,

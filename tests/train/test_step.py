@@ -100,7 +100,7 @@ def test_meshes_agree_on_adafactor_whose_moments_are_means_over_split_axes(run_c
 
 def test_a_batch_that_does_not_divide_is_named(run_config):
     config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, batch_size=6))
-    with pytest.raises(UsageError, match=r"batch_size=6 is not a multiple .* data×fsdp=8 .*nearest that is: 8"):
+    with pytest.raises(UsageError, match=r"batch_size=6 is not a multiple .* data×fsdp=8 .*nearest: 8"):
         make_train_step(config, make_mesh(MeshConfig()))
 
 
