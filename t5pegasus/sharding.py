@@ -48,8 +48,11 @@ _FIELDS = {
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """A (data, fsdp, tensor) mesh over all devices of all processes, or over the given ones.
 
+    Within a slice the devices lie as its network does; over several slices, `data` is outermost, slice by slice, so
+    that `fsdp` and `tensor` never cross the data-center network.
+
     Raises:
-        UsageError: if the sizes do not multiply to the number of devices.
+        UsageError: if the sizes do not multiply to the number of devices, or do not fit into the slices.
     """
     devices = jax.devices() if devices is None else devices
     data, fsdp, tensor = config.resolve(len(devices))
@@ -119,12 +122,12 @@ def param_shardings(specs: Mapping[str, ParamSpec], mesh: Mesh) -> dict[str, Nam
     """The sharding of each parameter (and of its optimizer moments, which have the same axes).
 
     Raises:
-        UsageError: for every axis whose size the mesh does not divide, with the mesh sizes that would.
+        UsageError: naming every size that the mesh does not divide, with the nearest that it would.
     """
+    refuse(indivisible_sizes(specs, mesh))
     return {
         name: NamedSharding(mesh, partition_spec(*(logical_axis(axis) for axis in spec.axes)))
         for name, spec in specs.items()
-    refuse(indivisible_sizes(specs, mesh))
     }
 
 
