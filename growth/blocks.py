@@ -106,12 +106,16 @@ class LeafGrowth:
 def compute_block(block: Array, views: tuple[View, ...], constants: Constants, layers: int | None) -> Array:
     """A block of a grown array from the entries of the source that it is made of, NumPy arrays or JAX tracers.
 
+    What has fewer than 32 bits is computed in float32 and rounded once.
+
     Args:
         block: of the source.
         views: one for each dimension, cut to the block.
         constants: of the whole array.
         layers: the dimension that counts layers.
     """
+    if block.dtype.itemsize < 4:
+        return compute_block(block.astype(np.float32), views, constants, layers).astype(block.dtype)
     grown = gather(block, [view.sources for view in views])
     if grown is block:
         grown = grown.copy()

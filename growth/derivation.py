@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from growth.index_map import IndexMap
@@ -45,7 +46,7 @@ class Derivation:
     def error(self, stored: np.ndarray, index: Sequence[int]) -> float:
         """By how much a stored entry is off, in half units of its last place; inf where it is of the wrong kind."""
         got, wanted, size = self._compare(stored, index)
-        unit = float(np.finfo(stored.dtype).eps) / 2 * max(abs(wanted), size)
+        unit = float(jnp.finfo(stored.dtype).eps) / 2 * max(abs(wanted), size)
         if got == wanted:
             return 0.0
         return abs(got - wanted) / unit if unit else math.inf

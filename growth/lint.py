@@ -41,7 +41,7 @@ def check_plan(plan: GrowthPlan, specs: Mapping[str, ParamSpec], optimizer: Opti
         UsageError: in a sentence that says what to change.
     """
     if plan.choices.dynamics == "exact":
-        _check_exact_dynamics(plan)
+        _check_exact_dynamics(plan, optimizer)
     else:
         _check_breakers(plan, optimizer)
     if optimizer is not None:
@@ -53,11 +53,18 @@ def check_plan(plan: GrowthPlan, specs: Mapping[str, ParamSpec], optimizer: Opti
                 f"axis {each.axis} is read by no parameter (none has it in `contracted`), so its copies would add up; "
                 "declare what reads it, or keep its size"
             )
-    return [
+    remarks = [
         f"axis {each.axis} grows {each.target / each.source:.1f}-fold at once; {LARGEST_FACTOR}-fold at most is usual"
         for each in plan.axes
         if each.kind in ("stream", "units", "layers") and each.target > LARGEST_FACTOR * each.source
     ]
+    padded = [each.axis for each in plan.axes if each.kind in ("stream", "units") and each.map.created.any()]
+    if optimizer is not None and optimizer.name == "muon" and padded:
+        remarks.append(
+            f"Muon makes old and created entries of {', '.join(padded)} orthogonal together, so old ones do not move "
+            "as they would have; copies (duplicate) leave their way as it was"
+        )
+    return remarks
 
 
 def _check_breakers(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
@@ -92,7 +99,7 @@ def _check_breakers(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
             )
 
 
-def _check_exact_dynamics(plan: GrowthPlan) -> None:
+def _check_exact_dynamics(plan: GrowthPlan, optimizer: OptimizerFacts | None) -> None:
     choices = plan.choices
     for field, wanted, got in (
         ("noise", 0, choices.noise),
@@ -106,6 +113,11 @@ def _check_exact_dynamics(plan: GrowthPlan) -> None:
             raise UsageError(
                 f"axis {each.axis}: {each.operator['operator']} adds what learns from the first update on, so that "
                 "training cannot stay the source's; leave it for another plan, or give dynamics=free"
+            )
+        if optimizer is not None and optimizer.name == "muon" and each.map.created.any():
+            raise UsageError(
+                f"axis {each.axis}: {each.operator['operator']} creates entries, and Muon makes old and new ones "
+                "orthogonal together, so that training cannot stay the source's; give duplicate, or dynamics=free"
             )
 
 
@@ -124,7 +136,7 @@ def _check_state(plan: GrowthPlan, optimizer: OptimizerFacts) -> None:
                 f"this growth ({names}), and what it keeps whole now is lost but for its rank-one part; accept that by "
                 "refactor=true, or choose sizes on the same side of min_dim_size_to_factor"
             )
-    if optimizer.name == "adamw" and state == "reset":
+    if optimizer.name in ("adamw", "adamw-scaled", "muon") and state == "reset":
         first = (1 - optimizer.beta1) / (1 - optimizer.beta2) ** 0.5
         if first > LARGEST_FIRST_UPDATE:
             raise UsageError(

@@ -61,7 +61,7 @@ def check_liveness(
 
 def _widen(array: Any) -> jax.Array:
     array = np.asarray(array)
-    return jax.device_put(array.astype(np.float64) if np.issubdtype(array.dtype, np.floating) else array)
+    return jax.device_put(array.astype(np.float64) if jnp.issubdtype(array.dtype, jnp.floating) else array)
 
 
 def _look_at(axis: str, growth: ModelGrowth, ever: Mapping[str, Any], ways: Mapping[str, Any]) -> Liveness:

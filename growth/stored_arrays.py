@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from growth.dense_maps import MAPS, deviate, load_maps
@@ -142,14 +143,14 @@ def _grown_shape(spec: ParamSpec, growth: ModelGrowth) -> tuple[int, ...]:
 
 def _error(stored: np.ndarray, wanted: np.ndarray, *, relative: bool) -> float:
     """The largest difference in half units of the last place: of each entry, or of the root mean square of all."""
-    if stored.dtype != wanted.dtype or not np.issubdtype(stored.dtype, np.floating):
+    if stored.dtype != wanted.dtype or not jnp.issubdtype(stored.dtype, jnp.floating):
         return 0.0 if np.array_equal(stored, wanted) else math.inf
     if np.array_equal(stored, wanted):
         return 0.0
     size = np.abs(wanted)
     if not relative:  # where noise cancels, a sum of larger terms was rounded
         size = np.maximum(size, np.sqrt(np.mean(np.square(wanted, dtype=np.float64))))
-    unit = size * (float(np.finfo(stored.dtype).eps) / 2)
+    unit = size * (float(jnp.finfo(stored.dtype).eps) / 2)
     with np.errstate(divide="ignore", invalid="ignore"):
         errors = np.where(stored == wanted, 0.0, np.abs(stored - wanted) / unit)
     return _rank(float(np.max(errors)))

@@ -79,6 +79,15 @@ def factored_axes(spec: ParamSpec, min_size: int) -> tuple[tuple[str, ...], tupl
     return (rows, columns) if rows and columns and min(numbers) >= min_size else None
 
 
+def orthogonalised_axes(spec: ParamSpec) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """(row axes, column axes) of a parameter that Muon updates by orthogonal matrices; None where AdamW does.
+
+    The rule of `factored_axes` without a least size, and without what has a row for each token: of the embedding and
+    the head of a batch only the rows that it holds have a say, and gains and the relative bias are no matrices.
+    """
+    return None if any(logical_axis(axis) == "vocab" for axis in spec.axes) else factored_axes(spec, 1)
+
+
 class AxisMultiplier(NamedTuple):
     """Growth's record of one axis: what became of each entry since it was first trained. Arrays of the axis' size.
 

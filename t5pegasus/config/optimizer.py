@@ -1,21 +1,27 @@
 """The optimizer and its learning-rate schedule."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from t5pegasus.config.record import Record, is_positive_number, require
+
+Name = Literal["adamw", "adamw-scaled", "adafactor", "muon", "sgd", "lion"]
+NAMES: tuple[str, ...] = get_args(Name)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Record):
     """The optimizer and its learning-rate schedule, both counted in updates."""
 
-    name: Literal["adamw", "sgd", "adafactor"] = "adamw"
-    """AdamW (Loshchilov & Hutter 2019); SGD with momentum; or Adafactor (Shazeer & Stern 2018) as T5 and mT5 were
-    trained with it, whose state is of the size of the rows and columns of matrices."""
+    name: Name = "adamw"
+    """AdamW (Loshchilov & Hutter 2019), or the same scaled by the RMS of each matrix (nanoT5); Adafactor (Shazeer &
+    Stern 2018) as T5 and mT5 were trained with it, whose state is of the size of the rows and columns of matrices;
+    Muon (Jordan et al. 2024), with AdamW for all that is not a matrix of a layer; SGD with momentum; or Lion (Chen et
+    al. 2023)."""
     learning_rate: float = 1e-3
-    """With Adafactor and --optimizer.scale-by-parameter, relative to the RMS of each matrix: T5 was pretrained with
-    0.01 and less, and fine-tuned with 0.001."""
+    """With adamw-scaled, and with Adafactor and --optimizer.scale-by-parameter, relative to the RMS of each matrix: T5
+    was pretrained with 0.01 and less, and fine-tuned with 0.001; nanoT5 was trained with 0.02. Muon takes that of
+    AdamW, Lion a third to a tenth of it with 3 to 10 times the decay."""
     schedule: Literal["constant", "cosine", "wsd"] = "wsd"
     """After the linear warm-up: constant; cosine to `final_learning_rate_fraction`; or warm-up, stable,
     then linear decay over the last `decay_steps` (wsd)."""
@@ -29,9 +35,10 @@ class OptimizerConfig(Record):
     learning rate of the others."""
     rewarm_peak: float = 1.3
     beta1: float | None = None
-    """Decay of the mean of gradients (momentum); 0 keeps none. None: 0.9 with AdamW and SGD, 0 with Adafactor."""
+    """Decay of the mean of gradients (momentum); 0 keeps none. Lion: weight of the mean in the update. None: 0.9 with
+    AdamW (in Muon, too) and SGD, 0.95 with Lion, 0 with Adafactor."""
     beta2: float = 0.98
-    """AdamW: decay of the mean of their squares. (Adafactor's is 1 - t^-0.8 at update t.)"""
+    """AdamW: decay of the mean of their squares. (Adafactor's is 1 - t^-0.8 at update t.) Lion: decay of the mean."""
     epsilon: float = 1e-6
     """AdamW: added to the root of that mean."""
     scale_by_parameter: bool = True
@@ -40,6 +47,13 @@ class OptimizerConfig(Record):
     """Adafactor: the RMS that the update of a matrix has at most, before that multiplication."""
     min_dim_size_to_factor: int = 128
     """Adafactor: matrices with fewer rows or columns keep a second moment of each entry."""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 halves the memory of the moments (not of Adafactor's rows and columns, which are small); they are read
+    as float32 and rounded stochastically when they are written."""
+    muon_momentum: float = 0.95
+    """Muon: decay of the mean of gradients that is made orthogonal; what AdamW trains has `beta1`."""
+    muon_adamw_rate: float = 1.0
+    """Muon: multiplies the learning rate of what AdamW trains: embedding, head, relative bias and gains."""
     weight_decay: float = 0.01
     """Decoupled, multiplied by the learning rate; gains are exempt."""
     max_grad_norm: float = 1.0
@@ -55,19 +69,23 @@ class OptimizerConfig(Record):
     @property
     def momentum(self) -> float:
         """`beta1` as it is in force."""
-        return (0.0 if self.name == "adafactor" else 0.9) if self.beta1 is None else self.beta1
+        return {"adafactor": 0.0, "lion": 0.95}.get(self.name, 0.9) if self.beta1 is None else self.beta1
 
     def __post_init__(self) -> None:
-        choices = ("adamw", "sgd", "adafactor")
-        require(self.name in choices, f"optimizer.name={self.name!r} must be one of {', '.join(choices)}")
+        require(self.name in NAMES, f"optimizer.name={self.name!r} must be one of {', '.join(NAMES)}")
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        dtypes = ("float32", "bfloat16")
+        require(
+            self.moment_dtype in dtypes,
+            f"optimizer.moment_dtype={self.moment_dtype!r} must be one of {', '.join(dtypes)}",
+        )
         for name in ("warmup_steps", "decay_steps", "rewarm_steps"):
             require(getattr(self, name) >= 0, f"optimizer.{name}={getattr(self, name)} must not be negative")
-        for name, value in (("beta1", self.momentum), ("beta2", self.beta2)):
+        for name, value in (("beta1", self.momentum), ("beta2", self.beta2), ("muon_momentum", self.muon_momentum)):
             require(0 <= value < 1, f"optimizer.{name}={value} must lie in [0, 1)")
         for name in ("weight_decay", "final_learning_rate_fraction"):
             require(0 <= getattr(self, name) <= 1, f"optimizer.{name}={getattr(self, name)} must lie in [0, 1]")
-        for name in ("epsilon", "max_grad_norm", "rewarm_peak", "clipping_threshold"):
+        for name in ("epsilon", "max_grad_norm", "rewarm_peak", "clipping_threshold", "muon_adamw_rate"):
             require(getattr(self, name) > 0, f"optimizer.{name}={getattr(self, name)} must be positive")
         require(
             self.min_dim_size_to_factor >= 1,

@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from t5pegasus.axes import ParamSpec, logical_axis
+from t5pegasus.axes import ParamSpec, logical_axis, orthogonalised_axes
 from t5pegasus.config import OptimizerConfig
 from t5pegasus.errors import UsageError
 
@@ -22,6 +22,8 @@ Specs = Mapping[str, ParamSpec]
 def learning_rate_factors(config: OptimizerConfig, specs: Specs) -> dict[str, np.ndarray]:
     """What multiplies the learning rate: layer decay × the factors of all patterns that fit, 0 where frozen.
 
+    With Muon also × the rate of AdamW, for parameters that this trains.
+
     Returns:
         By parameter name float32 arrays that broadcast to the parameter, of its rank; parameters whose entries all
         have factor 1 are left out, so that settings that change nothing leave the update as it is.
@@ -30,6 +32,9 @@ def learning_rate_factors(config: OptimizerConfig, specs: Specs) -> dict[str, np
         UsageError: if a pattern fits nothing, or nothing is left to train.
     """
     factors = {name: _layer_decay(spec, specs, config.layer_decay) for name, spec in specs.items()}
+    if config.name == "muon":
+        for name, spec in specs.items():
+            factors[name] = factors[name] * (config.muon_adamw_rate if orthogonalised_axes(spec) is None else 1.0)
     for each in config.rate_factors:
         pattern, _, factor = each.rpartition("=")
         for name, chosen in select_entries(pattern, specs).items():

@@ -12,7 +12,7 @@ from t5pegasus.axes import ParamSpec
 from t5pegasus.config import OptimizerConfig
 from t5pegasus.errors import UsageError
 
-ADAMW, SGD = OptimizerConfig(), OptimizerConfig(name="sgd")
+ADAMW, SGD, MUON = OptimizerConfig(), OptimizerConfig(name="sgd"), OptimizerConfig(name="muon")
 ADAFACTOR = OptimizerConfig(name="adafactor", min_dim_size_to_factor=16)
 PAD = {"embed": "pad"}
 SILENT = {"noise": 0.0, "learning_rate": "keep"}
@@ -46,6 +46,7 @@ def plan(choices=None, optimizer=None, **changes):
         ({"state": "asymmetric"}, ADAFACTOR, {}, "starves the entries that share a row or a column.*give state=mapped"),
         ({"state": "reset"}, ADAFACTOR, {}, "state=reset would begin Adafactor's means of squares at zero"),
         ({}, ADAFACTOR, {"d_model": 24}, "in another form after this growth.*accept that by refactor=true"),
+        ({"dynamics": "exact", "axes": PAD}, MUON, {}, "axis embed: pad creates entries, and Muon makes old and new"),
         ({"state": "reset"}, OptimizerConfig(beta2=0.999), {}, "first update 3.2 times the usual one at beta1=0.9"),
     ],
 )  # fmt: skip
@@ -68,10 +69,17 @@ def test_a_dead_or_locked_plan_is_refused_and_told_what_to_change(choices, optim
         ({"refactor": True}, ADAFACTOR, {}),
         ({"state": "reset"}, ADAMW, {}),
         ({}, ADAFACTOR, {"d_ff": 28}),
+        ({"dynamics": "exact"}, MUON, {"d_ff": 20}),
+        ({}, MUON, {"num_encoder_layers": 3}),
     ],
 )
 def test_what_the_linter_asks_for_passes_it(choices, optimizer, changes):
     assert plan(choices, optimizer, **changes).remarks == ()
+
+
+def test_what_padding_does_to_muon_is_remarked_on():
+    (remark,) = plan({"axes": {"*": "pad"}}, MUON, d_ff=20).remarks
+    assert "Muon makes old and created entries of decoder.mlp, encoder.mlp orthogonal together" in remark
 
 
 def test_more_than_fourfold_growth_is_remarked_on():

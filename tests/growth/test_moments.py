@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_models import ALL, SOURCE, STEP, grow, logit_error, trained_state
@@ -11,6 +12,7 @@ from growth.grow import grow_state
 from growth.t5 import plan_growth
 from t5pegasus.axes import dual_multipliers
 from t5pegasus.config import OptimizerConfig
+from t5pegasus.config.optimizer import NAMES
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.optimizer import declare_moments
 
@@ -247,7 +249,7 @@ def test_records_remember_what_was_copied_what_was_created_and_when():
     np.testing.assert_allclose(shares, 1.0)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adafactor"])
+@pytest.mark.parametrize("name", NAMES)
 def test_other_optimizers_states_grow_too(name):
     optimizer = OptimizerConfig(name=name, min_dim_size_to_factor=4, beta1=0.9)
     state = trained_state(SOURCE, optimizer)
@@ -259,3 +261,18 @@ def test_other_optimizers_states_grow_too(name):
         assert {name: array.shape for name, array in getattr(grown, kind).items()} == shapes
         for name, array in getattr(grown, kind).items():
             assert kind == "first_moment" or array.min() > 0, (kind, name)
+
+
+def test_moments_in_bfloat16_grow_as_those_in_float32_rounded_once():
+    growth = plan_growth(SOURCE, dataclasses.replace(SOURCE, **ALL), PAD, step=STEP)
+    state = trained_state(SOURCE)
+    narrow = {
+        kind: {name: array.astype(jnp.bfloat16) for name, array in getattr(state, kind).items()}
+        for kind in ("first_moment", "second_moment")
+    }
+    wide = {kind: {name: each.astype(np.float32) for name, each in group.items()} for kind, group in narrow.items()}
+    got, wanted = (grow_state(state._replace(**each), growth) for each in (narrow, wide))
+    for kind in narrow:
+        for name, array in getattr(got, kind).items():
+            assert array.dtype == jnp.bfloat16
+            np.testing.assert_array_equal(array, getattr(wanted, kind)[name].astype(jnp.bfloat16), err_msg=name)

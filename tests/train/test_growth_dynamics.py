@@ -24,13 +24,16 @@ from t5pegasus.train.optimizer import (
 SIZES = {"embed": 6, "mlp": 5, "vocab": 8, "layers": 2}
 OPTIMIZERS = {
     "adamw": OptimizerConfig(name="adamw", epsilon=1e-3, weight_decay=0.1),
+    "adamw-scaled": OptimizerConfig(name="adamw-scaled", epsilon=1e-3, weight_decay=0.1),
+    "muon": OptimizerConfig(name="muon", epsilon=1e-3, weight_decay=0.1),
     "sgd": OptimizerConfig(name="sgd", weight_decay=0.1),
+    "lion": OptimizerConfig(name="lion", weight_decay=0.1),
     "adafactor": OptimizerConfig(name="adafactor", min_dim_size_to_factor=5, weight_decay=0.1),
     "adafactor, unscaled, with beta1, not factored": OptimizerConfig(
         name="adafactor", min_dim_size_to_factor=100, beta1=0.8, scale_by_parameter=False, clipping_threshold=0.5
     ),
 }
-RATES = {"adamw": 0.02, "sgd": 0.5, "adafactor": 0.05}
+RATES = {"adamw": 0.02, "adamw-scaled": 0.05, "muon": 0.02, "sgd": 0.5, "lion": 0.005, "adafactor": 0.05}
 HALF, UNEVEN = np.array([0.5, 0.5]), np.array([0.7, 0.3])
 MAPS = {
     "even": {"embed": [HALF] * 6, "mlp": [HALF] * 5},

@@ -13,9 +13,12 @@ import numpy as np
 from t5pegasus.axes import Multipliers, ParamSpec
 from t5pegasus.config import OptimizerConfig
 from t5pegasus.train.optimizer.adafactor import adafactor_direction
-from t5pegasus.train.optimizer.adamw import adamw_direction
+from t5pegasus.train.optimizer.adamw import adamw_direction, scaled_adamw_direction
+from t5pegasus.train.optimizer.lion import lion_direction
 from t5pegasus.train.optimizer.moments import Moments, declare_moments, init_moments
 from t5pegasus.train.optimizer.multipliers import Arrays, init_multipliers, leaf_multipliers, weighted_norm
+from t5pegasus.train.optimizer.muon import muon_direction
+from t5pegasus.train.optimizer.rounding import name_stream, round_stochastically
 from t5pegasus.train.optimizer.schedule import make_schedule, rewarm_factor
 from t5pegasus.train.optimizer.sgd import sgd_direction
 
@@ -24,7 +27,14 @@ __all__ = [
     "leaf_multipliers", "make_schedule", "rewarm_factor", "weighted_norm",
 ]  # fmt: skip
 
-_DIRECTIONS = {"adamw": adamw_direction, "sgd": sgd_direction, "adafactor": adafactor_direction}
+_DIRECTIONS = {
+    "adamw": adamw_direction,
+    "adamw-scaled": scaled_adamw_direction,
+    "adafactor": adafactor_direction,
+    "muon": muon_direction,
+    "sgd": sgd_direction,
+    "lion": lion_direction,
+}
 
 
 def apply_optimizer(
@@ -64,7 +74,8 @@ def apply_optimizer(
     for name, gradient in gradients.items():
         spec, theta = specs[name], parameters[name]
         before = moments.of(name)
-        direction, after = find_direction(config, spec, multipliers, theta, gradient, before, count)
+        wide = {kind: array.astype(theta.dtype) for kind, array in before.items()}
+        direction, after = find_direction(config, spec, multipliers, theta, gradient, wide, count)
         s, _ = leaf_multipliers(spec, multipliers)
         decay = config.weight_decay * theta if spec.decays else 0.0
         factor = (factors or {}).get(name)
@@ -73,7 +84,9 @@ def apply_optimizer(
             rate = rate * rewarm_factor(config, spec, multipliers, step)
         new_parameters[name] = theta - rate * (s * direction + decay)
         for kind, array in after.items():
-            getattr(new_moments, kind)[name] = keep_frozen(array, before[kind], _factor_of(kind, factor, config, spec))
+            narrow = before[kind].dtype == jnp.bfloat16
+            stored = round_stochastically(array, name_stream(kind, name), step) if narrow else array
+            getattr(new_moments, kind)[name] = keep_frozen(stored, before[kind], _factor_of(kind, factor, config, spec))
     return new_parameters, new_moments
 
 

@@ -21,8 +21,7 @@ Created entries count in no mean over inherited ones, so they change neither R a
 nor its scale. Their own R'_i (a new row) and C'_j (a new column) are the means of what old columns and rows give; they
 must not start at 0 late in training, where β₂ is almost 1: seed them by the mean of the old ones along the axis that
 grew, a new layer's by a neighbour layer's; first moments begin at 0. They are clipped by an RMS of their own, and take
-the scale of the parameter's old block; so does a layer that growth created, as long as its own RMS is smaller (an
-output projection that begins at 0 would else start from ε₂ = 1e-3).
+the scale of the parameter's old block (`parameter_scale`).
 
 If an axis grows past `min_dim_size_to_factor`, v becomes R'_i = a_i²·mean_j(v), C'_j = b_j²·mean_i(v), exact only where
 v is of rank one; the other way round v = R·C / mean(R) is exact.
@@ -35,14 +34,13 @@ import jax.numpy as jnp
 
 from t5pegasus.axes import Multipliers, ParamSpec, factored_axes, logical_axis
 from t5pegasus.config import OptimizerConfig
-from t5pegasus.train.optimizer.multipliers import Weights, along_axis, leaf_multipliers
+from t5pegasus.train.optimizer.multipliers import Weights, leaf_multipliers
+from t5pegasus.train.optimizer.parameter_scale import parameter_scale
 
 DECAY_EXPONENT = 0.8
 """β₂ of update t is 1 − t^−0.8."""
 EPSILON1 = 1e-30
 """Added to squared gradients."""
-EPSILON2 = 1e-3
-"""The least scale of a parameter."""
 
 
 def adafactor_direction(
@@ -68,7 +66,7 @@ def adafactor_direction(
         moments: `row_moment` and `column_moment`, or `second_moment`; `first_moment` if beta1 is not 0.
         count: of this update, from 1.
     """
-    s, r = leaf_multipliers(spec, multipliers)
+    _, r = leaf_multipliers(spec, multipliers)
     weights = Weights(spec, multipliers, [axis for axis in spec.axes if logical_axis(axis) != "layers"])
     kept = 1 - count**-DECAY_EXPONENT
     natural = gradient / r
@@ -92,7 +90,7 @@ def adafactor_direction(
         direction = natural * jax.lax.rsqrt(share) * jax.lax.rsqrt(means["column_moment"])
     direction = direction / _excess(config, weights, direction)
     if config.scale_by_parameter:
-        direction = direction * _scale(spec, multipliers, weights, parameter / s)
+        direction = direction * parameter_scale(spec, multipliers, parameter)
     if config.momentum > 0:
         direction = config.momentum * moments["first_moment"] + (1 - config.momentum) * direction
         updated["first_moment"] = direction
@@ -107,14 +105,3 @@ def _excess(config: OptimizerConfig, weights: Weights, direction: jax.Array) -> 
         for mean in (weights.mean(squares), weights.mean_created(squares))
     )
     return jnp.where(weights.inherited > 0, old, created)
-
-
-def _scale(spec: ParamSpec, multipliers: Multipliers, weights: Weights, natural: jax.Array) -> jax.Array:
-    """max(ε₂, RMS(θ)) of each layer; a created layer's is at least that of the inherited ones together."""
-    squares = weights.mean(jnp.square(natural))
-    for dimension, axis in enumerate(spec.axes):
-        if logical_axis(axis) == "layers":
-            inherited = multipliers[axis].inherited.reshape(along_axis(dimension, spec))
-            old = jnp.sum(inherited * squares) / jnp.maximum(1.0, jnp.sum(inherited))
-            squares = jnp.where(inherited > 0, squares, jnp.maximum(squares, old))
-    return jnp.maximum(EPSILON2, jnp.sqrt(squares))

@@ -1,4 +1,7 @@
-"""AdamW (Loshchilov & Hutter 2019): the direction m̂ / (√v̂ + ε) from the moments of gradients."""
+"""AdamW (Loshchilov & Hutter 2019): the direction m̂ / (√v̂ + ε) from the moments of gradients.
+
+Its scaled form (nanoT5, Nawrot 2023) multiplies that by the scale of the parameter, as Adafactor does.
+"""
 
 from collections.abc import Mapping
 
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 from t5pegasus.axes import Multipliers, ParamSpec
 from t5pegasus.config import OptimizerConfig
 from t5pegasus.train.optimizer.multipliers import leaf_multipliers
+from t5pegasus.train.optimizer.parameter_scale import parameter_scale
 
 
 def adamw_direction(
@@ -41,3 +45,27 @@ def adamw_direction(
         updated["first_moment"], mean = m, m / (1 - config.momentum**count)
     corrected = updated["second_moment"] / (1 - config.beta2**count)
     return mean / (jnp.sqrt(corrected) + r * config.epsilon), updated
+
+
+def scaled_adamw_direction(
+    config: OptimizerConfig,
+    spec: ParamSpec,
+    multipliers: Multipliers,
+    parameter: jax.Array,
+    gradient: jax.Array,
+    moments: Mapping[str, jax.Array],
+    count: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """`adamw_direction` times max(1e-3, RMS(θ)) of each layer, so that the rate is a share of the parameter.
+
+    Args:
+        config: betas and epsilon.
+        spec: its declaration.
+        multipliers: growth's per-axis record.
+        parameter: the values before the update, for their RMS.
+        gradient: already clipped.
+        moments: as of `adamw_direction`.
+        count: of this update, from 1.
+    """
+    direction, updated = adamw_direction(config, spec, multipliers, parameter, gradient, moments, count)
+    return direction * parameter_scale(spec, multipliers, parameter), updated

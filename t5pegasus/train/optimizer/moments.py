@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from t5pegasus.axes import MomentSpec, ParamSpec, factored_axes, logical_axis
+from t5pegasus.axes import MomentSpec, ParamSpec, factored_axes, logical_axis, orthogonalised_axes
 from t5pegasus.config import OptimizerConfig
 
 
@@ -13,7 +13,7 @@ class Moments(NamedTuple):
     """Running means by parameter name; a parameter stands only in those that its optimizer keeps of it."""
 
     first_moment: dict[str, Any]
-    """Of gradients (AdamW, SGD), or of updates (Adafactor with beta1)."""
+    """Of gradients, or of updates (Adafactor with beta1)."""
     second_moment: dict[str, Any]
     """Of squared gradients, entry by entry."""
     row_moment: dict[str, Any]
@@ -35,9 +35,10 @@ def declare_moments(config: OptimizerConfig, specs: Mapping[str, ParamSpec]) -> 
     """
     declared: dict[str, dict[str, MomentSpec]] = {kind: {} for kind in Moments._fields}
     for name, spec in specs.items():
-        if config.momentum > 0:
+        orthogonalised = config.name == "muon" and orthogonalised_axes(spec) is not None
+        if config.momentum > 0 or config.name == "lion" or orthogonalised:
             declared["first_moment"][name] = MomentSpec(spec, 0 if config.name == "adafactor" else 1)
-        if config.name == "sgd":
+        if config.name in ("sgd", "lion") or orthogonalised:
             continue
         factored = factored_axes(spec, config.min_dim_size_to_factor) if config.name == "adafactor" else None
         if factored is None:
@@ -51,12 +52,17 @@ def declare_moments(config: OptimizerConfig, specs: Mapping[str, ParamSpec]) -> 
 
 
 def init_moments(config: OptimizerConfig, specs: Mapping[str, ParamSpec], parameters: Mapping[str, Any]) -> Moments:
-    """The moments before the first update: zeros, of the parameters' types."""
+    """The moments before the first update: zeros, of the parameters' types, or bfloat16 where that is configured.
+
+    Adafactor's means over rows and columns are small, and keep the parameters' type.
+    """
     declared = declare_moments(config, specs)
+    narrow = jnp.bfloat16 if config.moment_dtype == "bfloat16" else None
+    types = {"first_moment": narrow, "second_moment": narrow}
     return Moments(
         **{
             kind: {
-                name: jnp.zeros(moment.spec.shape, parameters[name].dtype)
+                name: jnp.zeros(moment.spec.shape, types.get(kind) or parameters[name].dtype)
                 for name, moment in declared[kind].items()
                 if name in parameters
             }
