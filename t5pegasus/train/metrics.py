@@ -13,23 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from t5pegasus.chips import find_chip
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import DivergedError, writing
 from t5pegasus.model.flops import training_flops_per_row
 
 logger = logging.getLogger(__name__)
-
-PEAK_FLOPS_PER_DEVICE = {
-    "TPU v3": 61.5e12,  # per core, which is what JAX calls a device here
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-}
-"""Dense bfloat16 peaks by the beginning of `device_kind`: the denominator of MFU."""
 
 
 @functools.cache
@@ -39,9 +28,9 @@ def peak_flops(device: Any) -> tuple[float, str]:
     An accelerator's is its maker's; a CPU has none that holds for all, so the speed of one large float32 matrix
     product is measured here and shared by the devices that XLA makes of the one CPU.
     """
-    for kind in sorted(PEAK_FLOPS_PER_DEVICE, key=len, reverse=True):
-        if device.device_kind.startswith(kind):
-            return PEAK_FLOPS_PER_DEVICE[kind], f"bfloat16 peak of {kind}"
+    chip = find_chip(device.device_kind)
+    if chip is not None:
+        return chip.peak_flops, f"bfloat16 peak of {chip.device_kind}"
     size = 1024
     multiply = jax.jit(lambda x: x @ x)
     x = jax.device_put(jnp.ones((size, size), jnp.float32), device)
