@@ -206,7 +206,7 @@ def train_maps(
                 raise UsageError(f"learned: {step} batches were given, {choices.steps} are wanted, one for each update")
             if len(batch.row_ids) != batch_size:
                 raise UsageError(f"learned: a batch has {len(batch.row_ids)} rows, {batch_size} were wanted")
-            whole = place_batch(Batch(*(np.asarray(field)[rows] for field in batch)), rows, batch_size, mesh)
+            whole = place_batch(jax.tree.map(lambda field: np.asarray(field)[rows], batch), rows, batch_size, mesh)
             state, loss = update(state, *placed, whole, np.int32(step))
             losses.append(float(loss))
             if not math.isfinite(losses[-1]):

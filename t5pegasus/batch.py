@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 Array = Any
 """A NumPy or JAX array; this file imports neither."""
 
+OF_ROWS = ("row_ids", "source_ids", "num_bad_examples")
+"""Fields with one number per row; the others have one per position."""
+
 
 class Batch(NamedTuple):
     """A batch of packed rows; field names are seqio's. B rows, S source and T target positions.
@@ -31,3 +34,7 @@ class Batch(NamedTuple):
     """int32 [B, T]."""
     row_ids: Array
     """uint32 [B]: number of the row in the stream since the beginning of training; keys its dropout."""
+    source_ids: Array = None
+    """int32 [B]: which source of the mixture the row is of, in the order of `data.mixture`; None if nobody asks."""
+    num_bad_examples: Array = None
+    """int32 [B]: examples of the row that could not be read, whose segments are empty; None if nobody asks."""

@@ -196,7 +196,7 @@ def _nearest(size: int, unit: int) -> str:
 def batch_shardings(mesh: Mesh) -> Batch:
     """The sharding of every field of a Batch: rows over data × fsdp."""
     by_rank = {rank: NamedSharding(mesh, partition_spec(*("batch", "length")[:rank])) for rank in (1, 2)}
-    return Batch(*(by_rank[1 if field == "row_ids" else 2] for field in Batch._fields))
+    return Batch(*(by_rank[1 if field in OF_ROWS else 2] for field in Batch._fields))
 
 
 def check_batch_divides(batch_size: int, accumulation_steps: int, mesh: Mesh) -> None:
@@ -251,4 +251,5 @@ def place_batch(batch: Batch, batch_rows: np.ndarray, batch_size: int, mesh: Mes
 
         return jax.make_array_from_callback((batch_size, *array.shape[1:]), sharding, part)
 
-    return Batch(*(place(array, sharding) for array, sharding in zip(batch, batch_shardings(mesh))))
+    placed = zip(batch, batch_shardings(mesh))
+    return Batch(*(None if array is None else place(array, sharding) for array, sharding in placed))

@@ -95,11 +95,11 @@ class PackedRows:
         """The batch of these rows of the endless stream."""
         at = [divmod(int(row), self.num_rows) for row in stream_rows]
         fields = self._fill([self.table_row(k, epoch) for epoch, k in at])
-        return Batch(**fields, row_ids=np.asarray(stream_rows, np.int64).astype(np.uint32))
+        return _batch(fields, stream_rows)
 
     def ordered_batch(self, table_rows: Sequence[int] | np.ndarray) -> Batch:
         """The batch of these rows of the table; from `num_rows` on they are empty, with weight 0."""
-        return Batch(**self._fill(table_rows), row_ids=np.asarray(table_rows, np.int64).astype(np.uint32))
+        return _batch(self._fill(table_rows), table_rows)
 
     def _fill(self, table_rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
         starts = self.table.row_starts
@@ -112,6 +112,12 @@ class PackedRows:
         if self._num_open_tokens is not None:
             check_targets(examples, self._num_open_tokens, indices, str(self.shards.path))
         return fill_rows(examples, [len(member) for member in members], self.data, self.pad_id, self.start_id)
+
+
+def _batch(fields: dict[str, np.ndarray], rows: Sequence[int] | np.ndarray) -> Batch:
+    zeros = np.zeros(len(rows), np.int32)
+    row_ids = np.asarray(rows, np.int64).astype(np.uint32)
+    return Batch(**fields, row_ids=row_ids, source_ids=zeros, num_bad_examples=zeros)
 
 
 def check_targets(

@@ -120,6 +120,8 @@ def abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
         decoder_segment_ids=target,
         decoder_positions=target,
         row_ids=jax.ShapeDtypeStruct((size,), jnp.uint32),
+        source_ids=jax.ShapeDtypeStruct((size,), jnp.int32),
+        num_bad_examples=jax.ShapeDtypeStruct((size,), jnp.int32),
     )
     return jax.tree.map(_placed, shapes, batch_shardings(mesh))
 

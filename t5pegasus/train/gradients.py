@@ -48,4 +48,4 @@ def pure_gradients(
 
 def _split_micro(batch: Batch, count: int) -> Batch:
     """[B, …] → [count, B/count, …], every device giving an equal part of its rows to each micro-batch."""
-    return Batch(*(field.reshape(-1, count, *field.shape[1:]).swapaxes(0, 1) for field in batch))
+    return jax.tree.map(lambda field: field.reshape(-1, count, *field.shape[1:]).swapaxes(0, 1), batch)

@@ -10,6 +10,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
 from t5pegasus.data.packing import load_packing, pack_examples
@@ -214,7 +215,7 @@ def stream(rows, batch_sizes, num_rows, processes=1):
             for _ in range(3):
                 pieces.extend(next(loader) for loader in loaders)
                 position += batch_size
-    return [np.concatenate(arrays)[:num_rows] for arrays in zip(*pieces)]
+    return Batch(*(np.concatenate(arrays)[:num_rows] for arrays in zip(*pieces)))
 
 
 def test_the_stream_does_not_depend_on_batch_size_or_processes(rows):
@@ -228,7 +229,7 @@ def test_the_stream_does_not_depend_on_batch_size_or_processes(rows):
         other = stream(rows, batch_sizes, num_rows, processes)
         for a, b in zip(whole, other):
             np.testing.assert_array_equal(a[: len(b)], b)
-    np.testing.assert_array_equal(whole[-1], np.arange(num_rows))
+    np.testing.assert_array_equal(whole.row_ids, np.arange(num_rows))
 
 
 def test_every_epoch_is_another_order_of_the_same_rows(rows):

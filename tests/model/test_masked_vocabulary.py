@@ -127,7 +127,7 @@ def test_the_loss_of_a_masked_target_is_nothing_that_training_goes_on_with(batch
 
 def test_noise_draws_the_tokens_it_would_draw_without_the_masked_ones(batch):
     train = TrainConfig(decoder_noise_rate=0.9)
-    many = Batch(*(jnp.tile(field, (40, *(1,) * (field.ndim - 1))) for field in batch))
+    many = jax.tree.map(lambda field: jnp.tile(field, (40, *(1,) * (field.ndim - 1))), batch)
     many = many._replace(row_ids=jnp.arange(120, dtype=jnp.uint32))
     disturbed = [
         disturb_decoder_inputs(many, RunConfig(model=model, train=train)).decoder_input_tokens

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t5pegasus.axes import LOGICAL_AXES, logical_axis
-from t5pegasus.batch import Batch
+from t5pegasus.batch import OF_ROWS, Batch
 from t5pegasus.config import NUMERICS, MeshConfig, ModelConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.model.attention import relative_position_bucket
@@ -50,7 +50,7 @@ def make_rows(examples_by_row: list[list[tuple[int, int]]], source: int, target:
     """Rows of random examples with the given (source, target) lengths; example contents depend on their order only."""
     rng = np.random.default_rng(seed)
     fields = {name: np.zeros((len(examples_by_row), source if "encoder" in name else target), np.int32)
-              for name in Batch._fields if name != "row_ids"}  # fmt: skip
+              for name in Batch._fields if name not in OF_ROWS}  # fmt: skip
     for row, examples in enumerate(examples_by_row):
         s = t = 0
         for segment, (num_source, num_target) in enumerate(examples, start=1):
@@ -141,7 +141,7 @@ def test_a_hypothesis_sees_what_its_ancestors_wrote_and_nothing_else(config, par
 
 def test_dropout_depends_on_the_row_not_on_its_place_in_the_batch(config, parameters):
     batch = make_rows([[(6, 4)], [(5, 4)], [(7, 4)]], 8, 4)
-    turned = Batch(*(field[::-1] for field in batch))
+    turned = jax.tree.map(lambda field: field[::-1], batch)
     model = bind(config, parameters)
     straight = model(batch, dropout_seed=5)
     np.testing.assert_allclose(model(turned, dropout_seed=5)[::-1], straight, rtol=0, atol=2e-5)

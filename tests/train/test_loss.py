@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def disturb(packed, run_config):
 
     def inputs(batch=packed, **fields):
         given = jnp.asarray(batch.decoder_input_tokens)
-        batch = Batch(*map(jnp.asarray, batch))
+        batch = jax.tree.map(jnp.asarray, batch)
         out = disturb_decoder_inputs(batch, with_noise(run_config, **fields))
         assert all(a is b for name, a, b in zip(Batch._fields, batch, out) if name != "decoder_input_tokens")
         return np.asarray(out.decoder_input_tokens), np.asarray(out.decoder_input_tokens != given)
@@ -119,7 +120,7 @@ def test_a_share_of_the_examples_is_disturbed_as_a_whole(packed, disturb):
 def test_a_row_draws_the_same_noise_in_every_batch_and_another_under_another_seed(packed, disturb):
     inputs, _ = disturb(decoder_noise_rate=0.3)
     some = np.array([40, 3, 17])
-    part, _ = disturb(Batch(*(field[some] for field in packed)), decoder_noise_rate=0.3)
+    part, _ = disturb(jax.tree.map(lambda field: field[some], packed), decoder_noise_rate=0.3)
     np.testing.assert_array_equal(part, inputs[some])
     assert (disturb(decoder_noise_rate=0.3, seed=1)[0] != inputs).any()
 
