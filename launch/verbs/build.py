@@ -10,7 +10,8 @@ import tyro
 
 from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.corpus.build import HELDOUT_FOLDER, BuildConfig, build_examples, describe_drops
-from t5pegasus.data.shards import ExampleShards
+from t5pegasus.data.shards import MANIFEST
+from t5pegasus.json_files import read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,7 @@ def main(argv: list[str]) -> None:
     start = time.monotonic()
     is_new = build_examples(args.inputs, args.tokenizer_path, args.output_path, config, args.num_workers)
     seconds = time.monotonic() - start
-    with ExampleShards(args.output_path) as shards:
-        manifest = shards.manifest
+    manifest = read_json(args.output_path / MANIFEST)
     print(format_statistics(manifest))
     warning = describe_drops(manifest["documents"])
     if warning:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from launch.command_line import StoragePath, parse_command_line
+from launch.staging import local_source, staged_output
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import write_json
+from t5pegasus.storage import fetch
 
 if TYPE_CHECKING:
     from t5pegasus.convert.imported import Imported
@@ -75,7 +77,7 @@ class Convert:
 
 def main(argv: list[str]) -> None:
     """Convert, retokenize or check, and print what was made and what to do with it."""
-    args = parse_command_line(Convert, prog="t5pegasus convert", args=argv)
+    args = _bring_here(parse_command_line(Convert, prog="t5pegasus convert", args=argv))
     if args.check:
         _check(args)
     elif args.retokenize is not None:
@@ -84,6 +86,13 @@ def main(argv: list[str]) -> None:
         _import(args)
     else:
         _export(args)
+
+
+def _bring_here(args: Convert) -> Convert:
+    """The same conversion of local copies, where something is read from a store."""
+    given = {name: getattr(args, name) for name in ("tokenizer_path", "retokenize", "text")}
+    fetched = {name: fetch(path) for name, path in given.items() if path is not None}
+    return dataclasses.replace(args, source=local_source(args.source), **fetched)
 
 
 def _output(args: Convert) -> Path:
@@ -130,7 +139,9 @@ def _import(args: Convert) -> None:
     if args.lossy:
         raise UsageError(f"--lossy is for an export; {args.source} is read, and nothing of it is lost: leave it out")
     imported, _, kind = _load(args)
-    path = save_imported(imported, output)
+    with staged_output(output) as made:
+        save_imported(imported, made)
+    path = output
     tokenizer = imported.tokenizer
     print(f"read: {kind}, numerics {imported.model.numerics}")
     print(f"tokenizer: {tokenizer.kind}, {tokenizer.vocab_size:,} tokens")
@@ -143,7 +154,9 @@ def _export(args: Convert) -> None:
     from t5pegasus.convert.hf import export_hf
 
     output = _output(args)
-    path = shlex.quote(str(export_hf(args.source, output, lossy=args.lossy)))
+    with staged_output(output) as made:
+        export_hf(args.source, made, lossy=args.lossy)
+    path = shlex.quote(str(output))
     print(f"Hugging Face folder: {path}; its README.md says how transformers loads it")
     print(f"next: (cd {path} && sha256sum --check SHA256SUMS)")
 
@@ -162,7 +175,9 @@ def _retokenize(args: Convert, tokenizer_path: Path) -> None:
         f"{tokenizer.vocab_size:,} tokens"
     )
     print(mapped.to_table())
-    path = save_imported(changed, output, config, lambda folder: write_json(folder / RETOKENIZED, mapped.to_json()))
+    with staged_output(output) as made:
+        save_imported(changed, made, config, lambda folder: write_json(folder / RETOKENIZED, mapped.to_json()))
+    path = output
     print(f"checkpoint: {path}; all unknown tokens stand in {RETOKENIZED}")
     print(f"next: t5pegasus convert --check {shlex.quote(str(path))}")
 

@@ -76,29 +76,36 @@ def evaluate(args: Evaluate) -> Path:
     from t5pegasus.evaluate.bootstrap import Bootstrap
     from t5pegasus.evaluate.results import save_evaluation
     from t5pegasus.evaluate.table import format_scores
+    from t5pegasus.storage import fetch, is_remote
 
     bootstrap = Bootstrap(args.num_resamples)
     dropped: Counter[str] = Counter()
-    documents = read_pairs(check_pair_paths([args.pairs_path]), dropped)
+    documents = read_pairs(check_pair_paths([fetch(args.pairs_path)]), dropped)
     given: dict[str, Any] = {"pairs_path": args.pairs_path, "bootstrap": bootstrap}
     if args.summaries is not None:
         from t5pegasus.evaluate.summaries import evaluate_summaries
 
-        scores, records = evaluate_summaries(args.summaries, list(documents), dropped, args.max_examples, **given)
+        summaries = fetch(args.summaries)
+        scores, records = evaluate_summaries(summaries, list(documents), dropped, args.max_examples, **given)
         folder = args.summaries.with_name(f"{args.summaries.name}.scores")
     else:
         assert args.checkpoint is not None
         from launch.processes import init_distributed
 
         init_distributed()
-        from t5pegasus.checkpoint import find_checkpoint
+        from launch.staging import local_checkpoint
         from t5pegasus.evaluate.checkpoint import evaluate_checkpoint
 
-        checkpoint = find_checkpoint(args.checkpoint)
+        checkpoint = local_checkpoint(args.checkpoint)
         summarizer = args.generation.load_summarizer(checkpoint)
         first_documents = itertools.islice(documents, args.max_examples)
         scores, records = evaluate_checkpoint(checkpoint, summarizer, first_documents, dropped, **given)
-        folder = find_output_folder(checkpoint)
+        if is_remote(args.checkpoint):
+            is_run = (args.checkpoint / "checkpoints").is_dir()
+            folder = args.checkpoint if is_run else find_output_folder(args.checkpoint)
+            scores = dataclasses.replace(scores, checkpoint=str(args.checkpoint))
+        else:
+            folder = find_output_folder(checkpoint)
     folder = args.output_path or folder
     save_evaluation(folder, scores, records)
     print(format_scores(scores))

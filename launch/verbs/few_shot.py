@@ -14,6 +14,7 @@ from launch.verbs.finetune import TrainFlags as FinetuneFlags
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import SCHEMA, write_json
+from t5pegasus.storage import fetch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,8 @@ def main(argv: list[str]) -> None:
 
     init_distributed()
     from launch.recipes.few_shot import LOSS, FewShotPlan, run_few_shot, summarise_cells
-    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
+    from launch.staging import local_checkpoint
+    from t5pegasus.checkpoint import load_checkpoint_info
     from t5pegasus.evaluate import DEFINITIONS
 
     for name in args.scores:
@@ -112,7 +114,7 @@ def main(argv: list[str]) -> None:
             near = difflib.get_close_matches(name, DEFINITIONS, n=1)
             way_out = f"perhaps you meant {near[0]!r}" if near else f"choose among {', '.join(DEFINITIONS)}"
             raise UsageError(f"scores: {name!r} is no score; {way_out}")
-    checkpoint = find_checkpoint(args.checkpoint)
+    checkpoint = local_checkpoint(args.checkpoint)
     model = load_checkpoint_info(checkpoint).config.model
     if args.dropout_rate is not None:
         model = dataclasses.replace(model, dropout_rate=args.dropout_rate)
@@ -123,7 +125,7 @@ def main(argv: list[str]) -> None:
     )
     config = RunConfig(model, DataConfig(**dataclasses.asdict(args.data)), optimizer, args.mesh, train)
     plan = FewShotPlan(
-        checkpoint, args.train_path, args.heldout_path, args.output_path, args.sizes, args.seeds,
+        checkpoint, fetch(args.train_path), fetch(args.heldout_path), args.output_path, args.sizes, args.seeds,
         args.max_heldout_pairs, args.keep_runs,
     )  # fmt: skip
     cells = run_few_shot(plan, config)

@@ -16,6 +16,7 @@ from launch.verbs.pretrain import attempt_facts, report_result
 from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.storage import fetch, is_remote
 
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=50, beta2=0.999)
 
@@ -82,13 +83,14 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     if not 0 < args.epochs < math.inf:
         raise UsageError(f"epochs={args.epochs} must be positive")
     attempt.join(args.run_path, args.watch)
-    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
+    from launch.staging import local_checkpoint
+    from t5pegasus.checkpoint import load_checkpoint_info
     from t5pegasus.data.loader import PackedRows
     from t5pegasus.train.run import RunPaths, train_run
     from t5pegasus.train.run_folder import check_run_path
 
     check_run_path(args.run_path)
-    source = find_checkpoint(args.checkpoint)
+    source = local_checkpoint(args.checkpoint, arrays=False)
     model = load_checkpoint_info(source).config.model
     if args.dropout_rate is not None:
         model = dataclasses.replace(model, dropout_rate=args.dropout_rate)
@@ -102,8 +104,9 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
     train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
-    paths = RunPaths(args.run_path, examples_path, heldout_path, source)
-    scorer = make_scorer(config, source / "tokenizer", args.heldout_path)
+    begun_from = args.checkpoint if is_remote(args.checkpoint) else source
+    paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
+    scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
     attempt.begin(attempt_facts(config, paths))
     checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, control=attempt.control)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from launch.command_line import StoragePath, parse_command_line
+from launch.staging import local_source, staged_output
 from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.presets import PRESETS, preset
+from t5pegasus.storage import is_remote
 
 if TYPE_CHECKING:
     from growth.choices import Choices
@@ -94,17 +96,24 @@ def main(argv: list[str]) -> None:
     from t5pegasus.convert.sources import is_foreign
 
     init_distributed()
+    output = _output_path(args)
+    if is_remote(output) and is_one_of_several():
+        raise UsageError(
+            f"output {output}: several processes grow into a folder that all of them see, which a store is not; "
+            "choose such a folder, or start it without launch"
+        )
+    args = dataclasses.replace(args, checkpoint=local_source(args.checkpoint))
     if is_foreign(args.checkpoint):
         if is_one_of_several():
             raise UsageError(
                 f"{args.checkpoint} is a Hugging Face folder, which is grown by one process; start it without launch"
             )
-        _grow_hugging_face(args)
+        _grow_hugging_face(args, output)
     else:
-        _grow(args)
+        _grow(args, output)
 
 
-def _grow_hugging_face(args: Grow) -> None:
+def _grow_hugging_face(args: Grow, output: Path) -> None:
     from growth.explain import explain
     from launch.recipes.grow_hugging_face import grow_hugging_face
 
@@ -118,20 +127,21 @@ def _grow_hugging_face(args: Grow) -> None:
             f"--masked: {args.checkpoint} grows into a folder for transformers, which knows no masked tokens; leave it "
             "out, or make a checkpoint of the folder first: t5pegasus convert"
         )
-    done, folder = grow_hugging_face(
-        args.checkpoint,
-        _output_path(args),
-        lambda model: _aim(args, model),
-        tokens=_read_tokens(args),
-        receipt=args.receipt,
-    )
+    with staged_output(output) as made:
+        done, _ = grow_hugging_face(
+            args.checkpoint,
+            made,
+            lambda model: _aim(args, model),
+            tokens=_read_tokens(args),
+            receipt=args.receipt,
+        )
     print(explain(done.growth, ["parameters"]))
     print(f"receipt: {done.receipt}")
-    print(f"Hugging Face folder: {folder}; its README.md says how transformers loads it")
-    print(f"next: t5pegasus convert --check {shlex.quote(str(folder))}")
+    print(f"Hugging Face folder: {output}; its README.md says how transformers loads it")
+    print(f"next: t5pegasus convert --check {shlex.quote(str(output))}")
 
 
-def _grow(args: Grow) -> None:
+def _grow(args: Grow, output: Path) -> None:
     start = time.monotonic()
     from growth.explain import explain
     from growth.grow import grow_checkpoint
@@ -140,29 +150,32 @@ def _grow(args: Grow) -> None:
     checkpoint = find_checkpoint(args.checkpoint)
     info = load_checkpoint_info(checkpoint)
     target, choices = _aim(args, info.config.model)
-    done = grow_checkpoint(
-        checkpoint,
-        target,
-        _output_path(args),
-        choices=choices,
-        examples_path=args.examples_path,
-        receipt=args.receipt,
-        tokens=_read_tokens(args),
-        masked=args.masked,
-    )
+    with staged_output(output, resumes=True) as made:
+        done = grow_checkpoint(
+            checkpoint,
+            target,
+            made,
+            choices=choices,
+            examples_path=args.examples_path,
+            receipt=args.receipt,
+            tokens=_read_tokens(args),
+            masked=args.masked,
+        )
     print(explain(done.growth, list_groups(checkpoint)))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
     print(f"receipt: {done.receipt}")
     print(f"took: {took}" + (f" ({done.costs})" if done.costs else ""))
-    print(f"checkpoint: {done.path}" + (" (already grown by this plan, nothing to do)" if done.already_there else ""))
+    print(f"checkpoint: {output}" + (" (already grown by this plan, nothing to do)" if done.already_there else ""))
     examples = None if args.add_tokens is not None else args.examples_path or find_examples(checkpoint)
-    print(f"next: {_next_command(done.path, examples, info.step, new_tokenizer=args.add_tokens is not None)}")
+    print(f"next: {_next_command(output, examples, info.step, new_tokenizer=args.add_tokens is not None)}")
 
 
 def _explain(args: Grow) -> str:
     """The plan for a checkpoint, a Hugging Face folder or a preset, from its description alone."""
     from growth.explain import explain
     from growth.t5 import plan_growth
+
+    args = dataclasses.replace(args, checkpoint=local_source(args.checkpoint))
 
     if str(args.checkpoint) in PRESETS and not args.checkpoint.exists():
         config, step, groups = preset(str(args.checkpoint)), 0, list(WHOLE_STATE)

@@ -6,6 +6,7 @@ import sys
 
 from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.errors import DataError
+from t5pegasus.storage import fetch
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.pseudo_summary import make_pseudo_summary
 from t5pegasus.text.read import read_lines_or_json
@@ -30,7 +31,7 @@ def main(argv: list[str]) -> None:
     """Parse, and write the chunks of each document."""
     args = parse_command_line(PseudoSummary, prog="t5pegasus pseudo-summary", args=argv)
     num_documents = num_without = 0
-    for record in read_lines_or_json(args.input or sys.stdin.buffer):
+    for record in read_lines_or_json(fetch(args.input) if args.input else sys.stdin.buffer):
         if not isinstance(record["text"], str):
             raise DataError(f"text must be a string, got {record['text']!r}")
         num_chunks = 0

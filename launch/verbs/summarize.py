@@ -41,10 +41,10 @@ def main(argv: list[str]) -> None:
     from launch.processes import init_distributed
 
     init_distributed()
-    from t5pegasus.checkpoint import find_checkpoint
+    from launch.staging import local_checkpoint
     from t5pegasus.progress import Progress
 
-    summarizer = args.generation.load_summarizer(find_checkpoint(args.checkpoint))
+    summarizer = args.generation.load_summarizer(local_checkpoint(args.checkpoint))
     from_stdin = args.input == Path("-")
     portion = summarizer.batch_size * (1 if from_stdin else _PORTION_BATCHES)
     with Progress("summarize", unit="texts") as progress:
@@ -62,9 +62,11 @@ def main(argv: list[str]) -> None:
 
 def _read_records(source: Path) -> Iterator[dict[str, Any]]:
     from t5pegasus.errors import DataError
+    from t5pegasus.storage import fetch
     from t5pegasus.text.read import read_lines_or_json
 
-    for number, record in enumerate(read_lines_or_json(sys.stdin.buffer if source == Path("-") else source), start=1):
+    opened = sys.stdin.buffer if source == Path("-") else fetch(source)
+    for number, record in enumerate(read_lines_or_json(opened), start=1):
         if not isinstance(record["text"], str):
             raise DataError(f'document {number}: "text" is {record["text"]!r}, a string was wanted')
         yield record

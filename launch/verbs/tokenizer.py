@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from launch.command_line import StoragePath, parse_command_line
+from launch.staging import staged_output
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.progress import Progress
+from t5pegasus.storage import fetch
 from t5pegasus.text.clean import clean_documents
 from t5pegasus.text.read import Document, check_paths, describe_dropped, read_documents, read_lines_or_json
 from t5pegasus.text.tokenizer import Tokenizer, adopt_vocabulary, load_tokenizer
@@ -88,12 +90,12 @@ def main(argv: list[str]) -> None:
         case Train():
             _train(args)
         case Encode():
-            tokenizer = load_tokenizer(args.tokenizer_path)
-            for record in read_lines_or_json(args.input or sys.stdin.buffer):
+            tokenizer = load_tokenizer(fetch(args.tokenizer_path))
+            for record in read_lines_or_json(fetch(args.input) if args.input else sys.stdin.buffer):
                 _write_line({"ids": _encode(tokenizer, record["text"], args.specials)})
         case Decode():
-            tokenizer = load_tokenizer(args.tokenizer_path)
-            for record in read_lines_or_json(args.input or sys.stdin.buffer, key="ids"):
+            tokenizer = load_tokenizer(fetch(args.tokenizer_path))
+            for record in read_lines_or_json(fetch(args.input) if args.input else sys.stdin.buffer, key="ids"):
                 _write_line({"text": tokenizer.decode(_parse_ids(record["ids"]))})
 
 
@@ -124,26 +126,29 @@ def _train(args: Train) -> None:
     wanted = {"sentencepiece": ".model", "bert": ".txt"}.get(args.kind)
     if args.from_vocabulary is not None and wanted is not None and args.from_vocabulary.suffix != wanted:
         raise UsageError(f"kind={args.kind} adopts a *{wanted} file, got {args.from_vocabulary}; leave --kind out")
-    request = _describe(args)
+    vocabulary = args.from_vocabulary and fetch(args.from_vocabulary)
+    local = dataclasses.replace(args, input=tuple(map(fetch, args.input)), from_vocabulary=vocabulary)
+    request = _describe(local)
     if (args.output_path / "tokenizer.json").is_file():
-        load_tokenizer(args.output_path)
+        load_tokenizer(fetch(args.output_path))
         _require_same(request, read_tokenizer_json(args.output_path).get("made_by", {}), args.output_path)
         print(f"{args.output_path} is complete already, made the same way: nothing to do")
     else:
-        _make(args, request)
+        with staged_output(args.output_path) as output:
+            _make(local, request, output)
         print(f"wrote {args.output_path}")
     inputs = shlex.join(map(str, args.input)) or "FILES"
     tokenizer_path = shlex.quote(str(args.output_path))
     print(f"next: t5pegasus build {inputs} --tokenizer-path {tokenizer_path} --output-path examples")
 
 
-def _make(args: Train, request: dict[str, Any]) -> None:
+def _make(args: Train, request: dict[str, Any], output: Path) -> None:
     if args.from_vocabulary is not None:
         tokenizer = adopt_vocabulary(args.from_vocabulary, dictionary=args.kind != "bert")
-        tokenizer.save(args.output_path, made_by=request)
+        tokenizer.save(output, made_by=request)
         print(f"adopted {args.from_vocabulary}: {tokenizer.kind}, {tokenizer.vocab_size:,} entries")
     else:
-        report = _train_on_documents(args, request)
+        report = _train_on_documents(args, request, output)
         left_out = "".join(f", {count:,} {reason}" for reason, count in report["dropped"].items())
         print(f"trained on {report['documents']:,} documents{left_out}")
         measured = min(report["documents"], NUM_COVERAGE_DOCUMENTS)
@@ -154,7 +159,7 @@ def _make(args: Train, request: dict[str, Any]) -> None:
         )
 
 
-def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
+def _train_on_documents(args: Train, request: dict[str, Any], output: Path) -> dict[str, Any]:
     from t5pegasus.text.tokenizer.training import measure_coverage, train_sentencepiece, train_wordpiece
 
     dropped: Counter[str] = Counter()
@@ -168,7 +173,7 @@ def _train_on_documents(args: Train, request: dict[str, Any]) -> dict[str, Any]:
     some = islice(clean_documents(read_documents(args.input), Counter()), NUM_COVERAGE_DOCUMENTS)
     report: dict[str, Any] = {"documents": num_documents, "dropped": dict(sorted(dropped.items()))}
     report |= {key: round(value, 6) for key, value in measure_coverage(tokenizer, some).items()}
-    tokenizer.save(args.output_path, made_by=request | {"report": report})
+    tokenizer.save(output, made_by=request | {"report": report})
     return report
 
 

@@ -38,6 +38,7 @@ from t5pegasus.data.shards import LENGTHS, MANIFEST, Shard, save_array, write_ma
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.json_files import read_json, write_json
 from t5pegasus.progress import Progress
+from t5pegasus.storage import fetch, is_remote, open_path, publish, require_unused, staged_path
 from t5pegasus.text.read import check_paths, describe_dropped, read_documents
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -81,7 +82,8 @@ def build_examples(
     """Build a folder of examples (see `data.shards`), and its held-out part, or continue doing so.
 
     Args:
-        inputs: files of documents (jsonl, gz, zst, txt, parquet) or pairs (jsonl, tsv, gz, zst).
+        inputs: files of documents (jsonl, gz, zst, txt, parquet) or pairs (jsonl, tsv, gz, zst); of those in an object
+            store a copy is made on this machine.
         tokenizer_path: a tokenizer folder; a copy goes into the output.
         output_path: the folder to write; it appears when all of it is there.
         config: what to make.
@@ -95,8 +97,9 @@ def build_examples(
         ArtifactError: if output or interrupted build come from something else, naming the difference.
         DataError: if no document can be used, saying why.
     """
-    paths = (check_paths if config.kind == "pretrain" else check_pair_paths)(inputs)
-    output = Path(output_path)
+    files = [fetch(open_path(str(path))) for path in inputs]
+    paths = (check_paths if config.kind == "pretrain" else check_pair_paths)(files)
+    tokenizer_path, output = fetch(open_path(str(tokenizer_path))), open_path(str(output_path))
     tokenizer = load_tokenizer(tokenizer_path)
     request = {
         "pipeline": PIPELINE,
@@ -112,7 +115,7 @@ def build_examples(
     with _open_workplace(output, request) as work:
         units = UnitWork(
             kind=config.kind,
-            tokenizer_path=Path(tokenizer_path),
+            tokenizer_path=tokenizer_path,
             max_source_tokens=config.max_source_tokens,
             max_target_tokens=config.max_target_tokens,
             seed=config.seed,
@@ -125,7 +128,7 @@ def build_examples(
             held = {"read": num_heldout, "kept": num_heldout, "heldout": 0, "dropped": {}}
             _complete(work, HELDOUT, {**request, "split": "heldout"}, held, tokenizer)
         _complete(work, TRAIN, {**request, "split": "train"}, documents, tokenizer)
-        _folder_of(work, TRAIN).rename(output)
+        publish(_folder_of(work, TRAIN), output)
     return True
 
 
@@ -147,7 +150,9 @@ def _is_finished(output: Path, request: dict[str, Any]) -> bool:
         _require_same(request, made_of, f"{output} was built", "choose another output path or remove it")
         shutil.rmtree(_work_path(output), ignore_errors=True)  # killed after the last step
         return True
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if is_remote(output):
+        require_unused(output)
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UsageError(f"output path {output} is in use by something else; remove it or choose another one")
     return False
 
@@ -160,7 +165,7 @@ def _require_same(request: dict[str, Any], made_of: dict[str, Any], subject: str
 
 
 def _work_path(output: Path) -> Path:
-    output = output.absolute()
+    output = staged_path(output) if is_remote(output) else output.absolute()
     return output.with_name(f".{output.name}.building")
 
 

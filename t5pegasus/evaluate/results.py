@@ -11,6 +11,7 @@ from t5pegasus.evaluate.bootstrap import Bootstrap, Interval
 from t5pegasus.evaluate.lengths import LengthBin, score_by_length
 from t5pegasus.evaluate.scores import DEFINITIONS, PAIR_SCORES, PairScores, score_each_pair
 from t5pegasus.json_files import SCHEMA, write_json
+from t5pegasus.storage import write_bytes
 from t5pegasus.text.overlap import measure_copied_fraction
 
 LEAD = "lead"
@@ -138,10 +139,8 @@ def compare_systems(pairs: Sequence[Pair], outputs: Mapping[str, Sequence[str]],
 def save_evaluation(folder: Path, scores: Scores, records: Iterable[Mapping[str, Any]]) -> None:
     """Write scores.json and summaries.jsonl into a folder, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "summaries.jsonl.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    temporary.replace(folder / "summaries.jsonl")
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    write_bytes(folder / "summaries.jsonl", lines.encode())
     write_json(folder / "scores.json", scores.to_json())
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from t5pegasus import __version__
-from t5pegasus.errors import UsageError, reading, writing
+from t5pegasus.errors import UsageError, reading
 from t5pegasus.report.curves import show_curves
 from t5pegasus.report.details import show_config, show_data, show_environment
 from t5pegasus.report.growth import show_growths
@@ -13,6 +13,7 @@ from t5pegasus.report.markup import Markup, join
 from t5pegasus.report.overview import show_overview
 from t5pegasus.report.runs import Evaluation, Run, load_evaluation, load_runs
 from t5pegasus.report.samples import show_samples
+from t5pegasus.storage import write_bytes
 
 STYLE = Path(__file__).with_name("style.css")
 
@@ -43,10 +44,7 @@ def write_report(paths: Sequence[Path], output_path: Path, num_examples: int = N
         runs = load_runs(path for path in paths if path not in lone)
         page = render_page(runs, [load_evaluation(path) for path in lone], num_examples)
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output_path.with_name(output_path.name + ".tmp")
-    with writing(output_path):
-        temporary.write_text(page, encoding="utf-8")
-    temporary.replace(output_path)
+    write_bytes(output_path, page.encode())
     return runs
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from t5pegasus.errors import ArtifactError, reading
 from t5pegasus.json_files import check_schema, read_json
+from t5pegasus.storage import is_remote_text, open_path
 
 Json = dict[str, Any]
 
@@ -162,7 +163,7 @@ def _load_new(path: Path, runs: dict[Path, Run]) -> Run:
         )
     record = _read_json(path / "config.json")
     start_from = _locate(record.get("start_from"), path)
-    if start_from is not None and start_from.is_relative_to(path):
+    if start_from is not None and path in (start_from, *start_from.parents):
         start_from = None  # of a run that was moved alone, `checkpoints/STEP` is found in itself
     growths, source = _follow_growths(start_from, path) if start_from else ((), None)
     parent_path = _run_of(source)
@@ -190,6 +191,9 @@ def _locate(given: str | None, run_path: Path) -> Path | None:
     """A path of config.json as given, or, if all was moved together, its longest end that is beside the run."""
     if given is None:
         return None
+    if is_remote_text(given):
+        there = open_path(given)
+        return there if there.exists() else None
     parts = Path(given).parts
     ends = (Path(*parts[first:]) for first in range(len(parts)))
     candidates = (above / end for end in ends for above in (Path(), run_path, *run_path.parents[:2]))

@@ -7,14 +7,15 @@ whole or absent there is one object, and a folder is whole when the manifest tha
 Nothing here imports fsspec for a local path, and gcsfs is imported when the first `gs://` path is opened.
 """
 
-from t5pegasus.storage.fetched import fetch
+from t5pegasus.storage.fetched import cache_path, fetch, staged_path
 from t5pegasus.storage.files import copy_file, list_files, read_range, remove_tree, write_bytes
 from t5pegasus.storage.paths import is_remote, is_remote_text, open_path
-from t5pegasus.storage.trees import copy_tree
+from t5pegasus.storage.trees import copy_tree, publish, require_unused
 from t5pegasus.storage.working_copy import WorkingCopy, working_copy
 
 __all__ = [
     "WorkingCopy",
+    "cache_path",
     "copy_file",
     "copy_tree",
     "fetch",
@@ -22,8 +23,11 @@ __all__ = [
     "is_remote_text",
     "list_files",
     "open_path",
+    "publish",
     "read_range",
     "remove_tree",
+    "require_unused",
+    "staged_path",
     "working_copy",
     "write_bytes",
 ]

@@ -30,6 +30,11 @@ def cache_path(environment: Mapping[str, str]) -> Path:
     return Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "t5pegasus"
 
 
+def staged_path(output: Path) -> Path:
+    """The local folder in which what shall lie at an address in a store is made, the same one each time."""
+    return cache_path(os.environ) / "staged" / hashlib.sha256(str(output).encode()).hexdigest()[:16] / output.name
+
+
 def fetch(path: Path, wanted: Callable[[str], bool] | None = None) -> Path:
     """A local copy of an artifact; a local path comes back as it is.
 
