@@ -13,6 +13,7 @@ from t5pegasus.config import ModelConfig, OptimizerConfig
 from t5pegasus.errors import ArtifactError
 from t5pegasus.model.t5 import declare_parameters, init_parameters
 from t5pegasus.sharding import param_shardings
+from t5pegasus.train.divergence import init_recent
 from t5pegasus.train.optimizer import Moments, declare_moments, init_moments, init_multipliers
 
 _ADAMW = OptimizerConfig()
@@ -34,6 +35,8 @@ class TrainState(NamedTuple):
     """Exponential moving average of the parameters, by the same names; empty where the run keeps none."""
     row_moment: dict[str, Any] = {}  # noqa: RUF012 - never written to
     column_moment: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    recent: dict[str, Any] = {}  # noqa: RUF012 - never written to
+    """Losses and gradient norms of the last updates, by which a spike is known (`divergence`); empty where nobody asks."""
 
     @property
     def moments(self) -> Moments:
@@ -55,8 +58,9 @@ def start_state(
     optimizer: OptimizerConfig = _ADAMW,
     *,
     with_ema: bool = False,
+    window: int = 0,
 ) -> TrainState:
-    """The state before the first update of these parameters by this optimizer."""
+    """The state before the first update of these parameters by this optimizer; `window` is that of `init_recent`."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         rows=jnp.zeros((), jnp.uint32),
@@ -64,11 +68,18 @@ def start_state(
         **init_moments(optimizer, specs, parameters)._asdict(),
         multipliers=init_multipliers(specs),
         ema={name: jnp.copy(value) for name, value in parameters.items()} if with_ema else {},
+        recent=init_recent(window),
     )
 
 
 def init_state(
-    config: ModelConfig, seed: int, mesh: Mesh, optimizer: OptimizerConfig = _ADAMW, *, with_ema: bool = False
+    config: ModelConfig,
+    seed: int,
+    mesh: Mesh,
+    optimizer: OptimizerConfig = _ADAMW,
+    *,
+    with_ema: bool = False,
+    window: int = 0,
 ) -> TrainState:
     """A fresh state, created in place on the mesh: no device ever holds more than its shards.
 
@@ -77,14 +88,19 @@ def init_state(
     specs = declare_parameters(config)
 
     def create(seed: jax.Array) -> TrainState:
-        return start_state(init_parameters(config, seed), specs, optimizer, with_ema=with_ema)
+        return start_state(init_parameters(config, seed), specs, optimizer, with_ema=with_ema, window=window)
 
-    shardings = state_shardings(specs, mesh, optimizer, with_ema=with_ema)
+    shardings = state_shardings(specs, mesh, optimizer, with_ema=with_ema, window=window)
     return jax.jit(create, out_shardings=shardings)(np.uint32(seed))
 
 
 def state_shardings(
-    specs: Mapping[str, ParamSpec], mesh: Mesh, optimizer: OptimizerConfig = _ADAMW, *, with_ema: bool = False
+    specs: Mapping[str, ParamSpec],
+    mesh: Mesh,
+    optimizer: OptimizerConfig = _ADAMW,
+    *,
+    with_ema: bool = False,
+    window: int = 0,
 ) -> TrainState:
     """A TrainState of shardings: moments and averages are split as their parameters; the rest is on every device."""
     of_parameters = param_shardings(specs, mesh)
@@ -101,13 +117,14 @@ def state_shardings(
         **of_moments,
         multipliers={axis: AxisMultiplier(*(everywhere for _ in AxisMultiplier._fields)) for axis in sorted(axes)},
         ema=dict(of_parameters) if with_ema else {},
+        recent=dict.fromkeys(init_recent(window), everywhere),
     )
 
 
 def state_to_arrays(state: TrainState) -> dict[str, Any]:
     """Flat dotted names → leaves, the form checkpoints store; works on states of arrays or of shardings."""
     arrays = {"step": state.step, "rows": state.rows}
-    for group in ("parameters", *Moments._fields, "ema"):
+    for group in ("parameters", *Moments._fields, "ema", "recent"):
         arrays |= {f"{group}.{name}": leaf for name, leaf in getattr(state, group).items()}
     for axis, multiplier in state.multipliers.items():
         arrays |= {f"multipliers.{axis}.{field}": array for field, array in multiplier._asdict().items()}
@@ -137,6 +154,7 @@ def arrays_to_state(arrays: Mapping[str, Any]) -> TrainState:
             for axis in sorted(axes)
         },
         ema=group("ema."),
+        recent=group("recent."),
     )
 
 
