@@ -9,11 +9,12 @@ import optax
 import pytest
 
 from t5pegasus.axes import AxisMultiplier, ParamSpec, factored_axes, orthogonalised_axes
-from t5pegasus.config import OptimizerConfig
+from t5pegasus.config import MeshConfig, OptimizerConfig
 from t5pegasus.config.optimizer import NAMES
 from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.presets import tiny
+from t5pegasus.sharding import make_mesh, param_shardings
 from t5pegasus.train.groups import learning_rate_factors
 from t5pegasus.train.optimizer import (
     apply_optimizer,
@@ -143,10 +144,11 @@ def test_muon_takes_heads_jointly_and_leaves_what_is_no_layers_matrix_to_adamw()
     assert all((factor == np.float32(0.3)).all() for factor in factors.values())
     heads = {"w": ParamSpec(("embed", "heads", "qk"), ("embed",), gain=False, shape=(6, 2, 3))}
     joint = {"w": ParamSpec(("embed", "mlp"), ("embed",), gain=False, shape=(6, 6))}
-    start, gradient = draw((6, 6), 2)
-    apart = updates(config, heads, {"w": start.reshape(6, 2, 3)}, [gradient.reshape(6, 2, 3)])
-    together = updates(config, joint, {"w": start}, [gradient])
-    np.testing.assert_allclose(apart.reshape(6, 6), together, rtol=1e-6)
+    with jax.enable_x64(True):
+        start, gradient = draw((6, 6), 2)
+        apart = updates(config, heads, {"w": start.reshape(6, 2, 3)}, [gradient.reshape(6, 2, 3)])
+        together = updates(config, joint, {"w": start}, [gradient])
+    np.testing.assert_allclose(apart.reshape(6, 6), together, rtol=1e-12)
 
 
 def test_an_update_of_muon_is_of_the_size_of_adamws():
@@ -156,6 +158,37 @@ def test_an_update_of_muon_is_of_the_size_of_adamws():
             OptimizerConfig(name="muon", weight_decay=0), specs, {"w": jnp.zeros(shape)}, [draw(shape, 1)[0]]
         )
         assert 0.15 * RATE < float(jnp.sqrt(jnp.mean(moved**2))) < 0.25 * RATE
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2)])
+def test_on_a_mesh_muon_moves_whole_layers_between_devices_and_gathers_no_matrix(sizes):
+    specs = {
+        "wi": ParamSpec(("layers", "embed", "mlp"), ("embed",), gain=False, shape=(3, 8, 12)),
+        "out": ParamSpec(("layers", "heads", "vo", "embed"), ("heads", "vo"), gain=False, shape=(3, 4, 3, 8)),
+    }
+    config, mesh = OptimizerConfig(name="muon"), make_mesh(MeshConfig(*sizes))
+
+    def update(parameters, gradients):
+        before = init_moments(config, specs, parameters), jnp.int32(0), jnp.asarray(RATE)
+        return apply_optimizer(config, specs, init_multipliers(specs), parameters, gradients, *before)[0]
+
+    with jax.enable_x64(True):
+        parameters, gradients = (
+            {name: draw(spec.shape, 1, seed + index)[0] for index, (name, spec) in enumerate(specs.items())}
+            for seed in (0, 10)
+        )
+        shardings = param_shardings(specs, mesh)
+        options = {"xla_backend_optimization_level": 0}
+        with jax.set_mesh(mesh):
+            jitted = jax.jit(update, in_shardings=(shardings,) * 2, out_shardings=shardings, compiler_options=options)
+            program = jitted.lower(parameters, gradients).compile()
+            got = program(*jax.device_put((parameters, gradients), (shardings,) * 2))
+        wanted = jax.jit(update, compiler_options=options)(parameters, gradients)
+        for name in specs:
+            np.testing.assert_allclose(got[name], wanted[name], rtol=0, atol=1e-13)
+    text = program.as_text()
+    assert "all-to-all" in text
+    assert ("all-gather" in text) == (sizes[0] > 1)  # what replicas along `data` have shared out among them
 
 
 def test_weight_decay_is_a_share_of_the_weights_whatever_the_optimizer():
@@ -168,12 +201,13 @@ def test_weight_decay_is_a_share_of_the_weights_whatever_the_optimizer():
 @pytest.mark.parametrize("name", NAMES)
 def test_each_layer_is_a_parameter_of_its_own(name):
     config = OptimizerConfig(name=name, min_dim_size_to_factor=4)
-    start, gradients = draw((3, 4, 6), 1)[0] * jnp.array([1.0, 10, 0.1]).reshape(3, 1, 1), draw((3, 4, 6), 3, 1)
-    stacked = updates(config, STACK, {"w": start}, gradients)
-    layer = {"w": STACK["w"].restrict(("mlp", "embed"))}
-    for index in range(3):
-        alone = updates(config, layer, {"w": start[index]}, [gradient[index] for gradient in gradients])
-        np.testing.assert_allclose(stacked[index], alone, rtol=1e-4 if name == "muon" else 1e-5)
+    with jax.enable_x64(True):
+        start, gradients = draw((3, 4, 6), 1)[0] * jnp.array([1.0, 10, 0.1]).reshape(3, 1, 1), draw((3, 4, 6), 3, 1)
+        stacked = updates(config, STACK, {"w": start}, gradients)
+        layer = {"w": STACK["w"].restrict(("mlp", "embed"))}
+        for index in range(3):
+            alone = updates(config, layer, {"w": start[index]}, [gradient[index] for gradient in gradients])
+            np.testing.assert_allclose(stacked[index], alone, rtol=1e-12)
 
 
 def test_what_is_factored_follows_from_the_declaration():

@@ -23,9 +23,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from t5pegasus.axes import Multipliers, ParamSpec, orthogonalised_axes
 from t5pegasus.config import OptimizerConfig
+from t5pegasus.sharding import RULES
 from t5pegasus.train.optimizer.adamw import adamw_direction
 from t5pegasus.train.optimizer.multipliers import leaf_multipliers
 
@@ -97,8 +99,34 @@ def _orthogonalise_parameter(
     layers = [axis for axis in spec.axes if axis not in (*rows, *columns)]
     order = [spec.axes.index(axis) for axis in (*layers, *rows, *columns)]
     ordered = jnp.transpose(array, order)
-    batch = ordered.shape[: len(layers)]
     num_rows = math.prod(ordered.shape[len(layers) : len(layers) + len(rows)])
-    matrices = ordered.reshape(*batch, num_rows, -1)
+    num_layers = math.prod(ordered.shape[: len(layers)])
+    found = _orthogonalise_apart(ordered.reshape(num_layers, num_rows, -1))
     inverse = [order.index(dimension) for dimension in range(len(order))]
-    return jnp.transpose(orthogonalise(matrices).reshape(ordered.shape), inverse)
+    return jnp.transpose(found.reshape(ordered.shape), inverse)
+
+
+def _orthogonalise_apart(matrices: jax.Array) -> jax.Array:
+    """`orthogonalise` of [layers, rows, columns] with whole layers on each device.
+
+    Over split rows and columns each iteration would gather the matrices. Layers are moved instead, once there and once
+    back, one mesh axis after the other, since that is an exchange between devices, and more at once is a copy of all on
+    each. Zeros make up for layers that do not divide; they stay zeros.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return orthogonalise(matrices)
+    num_layers, splits_rows, splits_columns = len(matrices), RULES["embed"], RULES["mlp"]
+    stations = [
+        PartitionSpec(None, splits_rows, splits_columns),
+        PartitionSpec(splits_rows, None, splits_columns),
+        PartitionSpec((splits_rows, splits_columns), None, None),
+        PartitionSpec((splits_rows, splits_columns, "data"), None, None),
+    ]
+    matrices = jnp.pad(matrices, ((0, -num_layers % mesh.size), (0, 0), (0, 0)))
+    for station in stations:
+        matrices = jax.lax.with_sharding_constraint(matrices, station)
+    matrices = orthogonalise(matrices)
+    for station in reversed(stations):
+        matrices = jax.lax.with_sharding_constraint(matrices, station)
+    return matrices[:num_layers]
