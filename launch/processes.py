@@ -13,6 +13,8 @@ from typing import Any, NoReturn
 
 from launch.process_group import find_process_group, is_tpu_vm
 from launch.termination import is_heard
+from t5pegasus.errors import UsageError
+from t5pegasus.storage import cache_path, is_remote_text, open_path
 
 _is_one_of_several = False
 before_leaving: list[Callable[[], None]] = []
@@ -98,15 +100,35 @@ def compilation_cache_path(environment: Mapping[str, str]) -> Path:
     JAX's key for a compiled CPU program does not name the CPU, so that a home folder shared by different
     machines could hand one of them instructions it does not have.
     """
-    root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "t5pegasus" / "compiled" / f"{platform.machine()}-{_cpu_features_digest()}"
+    return cache_path(environment) / "compiled" / _kind_of_cpu()
 
 
 def _keep_compiled_programs() -> None:
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:  # pyright: ignore[reportAttributeAccessIssue]
+    given: str | None = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    if given is None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache_path(os.environ)))
+    elif is_remote_text(given):
+        jax.config.update("jax_compilation_cache_dir", _shared_cache(given))
+
+
+def _shared_cache(address: str) -> str:
+    """The part of a compilation cache in an object store that is of this kind of CPU; JAX reads and writes it itself.
+
+    Raises:
+        UsageError: if such a store cannot be reached from here.
+    """
+    open_path(address)
+    if not address.startswith(("gs://", "s3://")):
+        raise UsageError(f"{address}: JAX keeps compiled programs in gs:// or s3://, or in a folder on this machine")
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # as `storage` does: one API for all of a job
+    address = address.rstrip("/")
+    return address if address.endswith(_kind_of_cpu()) else f"{address}/{_kind_of_cpu()}"
+
+
+def _kind_of_cpu() -> str:
+    return f"{platform.machine()}-{_cpu_features_digest()}"
 
 
 def _cpu_features_digest() -> str:

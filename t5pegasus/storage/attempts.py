@@ -4,6 +4,7 @@ Retried are 408, 429, 5xx, time-outs, broken connections and short reads, after 
 with jitter so that the hosts of a pod do not come back together.
 """
 
+import errno
 import logging
 import os
 import random
@@ -46,6 +47,8 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
         tries += 1
         try:
             return operation()
+        except FileNotFoundError:
+            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from None
         except _FINAL:
             raise
         except Exception as error:

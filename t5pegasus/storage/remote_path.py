@@ -4,6 +4,7 @@ fsspec's `exists` says no when the store cannot be asked. A run that believed th
 lies there, so every question here is either answered or ends in an OSError.
 """
 
+import fnmatch
 import io
 import os
 from collections.abc import Iterator
@@ -49,11 +50,20 @@ class _Remote:
 
     def iterdir(self: Any) -> Iterator[Any]:
         """The objects and prefixes directly below."""
-        yield from attempt(self, "list", lambda: list(UPath.iterdir(self)))
+        info = self._info()
+        if info is None or info["type"] != "directory":
+            kind = FileNotFoundError if info is None else NotADirectoryError
+            raise kind(f"{self} is no folder")
+        here = self.path.strip("/")
+        names = (name.strip("/") for name in attempt(self, "list", lambda: self.fs.ls(self.path, detail=False)))
+        yield from (self / name.rpartition("/")[2] for name in names if name != here)
 
     def glob(self: Any, pattern: str, **_: Any) -> Iterator[Any]:
         """The objects and prefixes below whose names fit."""
-        yield from attempt(self, "list", lambda: list(UPath.glob(self, pattern)))
+        if "/" in pattern or "**" in pattern:
+            yield from attempt(self, "list", lambda: list(UPath.glob(self, pattern)))
+        elif self.is_dir():  # only this level is listed, however much lies below it
+            yield from (path for path in self.iterdir() if fnmatch.fnmatchcase(path.name, pattern))
 
     def rglob(self: Any, pattern: str, **_: Any) -> Iterator[Any]:
         """The objects and prefixes at any depth whose names fit."""
