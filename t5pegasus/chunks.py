@@ -6,7 +6,6 @@ what is hashed, checked and stored: float noise does not compress, and `manifest
 
 import errno
 import fcntl
-import hashlib
 import itertools
 import json
 import math
@@ -15,16 +14,17 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
 
 from t5pegasus.errors import ArtifactError, writing
+from t5pegasus.manifest import describe_bytes
+from t5pegasus.storage import is_remote, write_bytes
 
 CHUNK_BYTES = 16 << 20
 """Chunks are at most so large. A disk is as fast as with larger ones, and a reader of a slice needs little memory."""
-_LARGEST_DECODED_BYTES = 2 * CHUNK_BYTES
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 _ALIGNMENT = 4096  # of memory, offset and length in direct I/O; a multiple of every disk's block size in use
 
@@ -32,6 +32,26 @@ _ALIGNMENT = 4096  # of memory, offset and length in direct I/O; a multiple of e
 _CONTEXT = ts.Context({"data_copy_concurrency": {"limit": 2}, "file_io_concurrency": {"limit": 4}})
 
 Slices = tuple[slice, ...]
+
+
+class ArrayLayout(NamedTuple):
+    """What `zarr.json` says of an array."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk_shape: tuple[int, ...] | None
+    """Of chunks whose files begin with their values as little-endian bytes; None if they are stored otherwise."""
+
+    @classmethod
+    def from_json(cls, content: bytes) -> "ArrayLayout":
+        """The layout in the content of a `zarr.json`."""
+        metadata = json.loads(content)
+        return cls(tuple(metadata["shape"]), ts.dtype(metadata["data_type"]).numpy_dtype, _find_plain_chunks(metadata))
+
+    @property
+    def chunk_bytes(self) -> int:
+        """The size of the values of a plain chunk."""
+        return math.prod(self.chunk_shape or ()) * self.dtype.itemsize
 
 
 class StoredArray:
@@ -43,17 +63,14 @@ class StoredArray:
 
     def __init__(self, path: Path):
         self._path = path
-        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
-        self._store = ts.open(spec, read=True, open=True, context=_CONTEXT).result()
-        self.shape = tuple(self._store.shape)
-        self.dtype = self._store.dtype.numpy_dtype
-        self._chunk_shape = _find_plain_chunks(json.loads((path / "zarr.json").read_text(encoding="utf-8")))
-        decoded_bytes = (
-            math.prod(size or 1 for size in self._store.chunk_layout.read_chunk.shape or ()) * self.dtype.itemsize
-        )
-        self._keeps_decoded = self._chunk_shape is None and decoded_bytes > 2 * CHUNK_BYTES
+        self.shape, self.dtype, self._chunk_shape = ArrayLayout.from_json((path / "zarr.json").read_bytes())
+        self._keeps_decoded = False
         self._decoded: np.ndarray | None = None
         self._lock = threading.Lock()
+        if self._chunk_shape is None:
+            self._store = open_with_tensorstore(path)
+            decoded = (size or 1 for size in self._store.chunk_layout.read_chunk.shape or ())
+            self._keeps_decoded = math.prod(decoded) * self.dtype.itemsize > 2 * CHUNK_BYTES
 
     def read(self, part: Slices | None = None) -> np.ndarray:
         """`array[part]`, with a start and a stop for every dimension, or all of it, in memory of its own."""
@@ -112,6 +129,18 @@ class StoredArray:
         return np.lib.stride_tricks.as_strided(values, shape, strides, writeable=False)
 
 
+def open_with_tensorstore(path: Path) -> Any:
+    """An array in any layout of zarr3, such as a compressed one.
+
+    Raises:
+        ArtifactError: if it lies in an object store.
+    """
+    if is_remote(path):
+        raise ArtifactError(f"{path} is compressed, and read from a local disk only; copy the checkpoint there first")
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path.absolute())}}
+    return ts.open(spec, read=True, open=True, context=_CONTEXT).result()
+
+
 def _find_plain_chunks(metadata: dict[str, Any]) -> tuple[int, ...] | None:
     """The shape of chunks whose files begin with their values as little-endian bytes; None if they do not.
 
@@ -126,23 +155,28 @@ def _find_plain_chunks(metadata: dict[str, Any]) -> tuple[int, ...] | None:
     return tuple(chunk_shape) if is_plain else None
 
 
-def choose_chunk_shape(shape: tuple[int, ...], itemsize: int, limit: int = CHUNK_BYTES) -> tuple[int, ...]:
+def choose_chunk_shape(
+    shape: tuple[int, ...], itemsize: int, limit: int = CHUNK_BYTES, shard_shape: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
     """Cut the leading dimensions, as evenly as possible, so that a chunk is consecutive rows of at most `limit` bytes.
 
-    It is a function of the array alone, whoever writes it.
+    It is a function of the array, and of how it is divided into shards, alone, whoever writes it. No chunk lies in two
+    shards, so that each can be written by one process.
 
     Args:
         shape: of the array.
         itemsize: bytes of one entry.
         limit: bytes of one chunk.
+        shard_shape: of the part of the array that a device holds; it divides `shape`.
     """
-    for dimension, size in enumerate(shape):
-        row_bytes = math.prod(shape[dimension + 1 :]) * itemsize
+    shard = shard_shape or shape
+    for dimension, size in enumerate(shard):
+        row_bytes = math.prod(shard[dimension + 1 :]) * itemsize
         if row_bytes <= limit:
             num_chunks = max(1, -(-size * row_bytes // limit))
-            while -(-size // num_chunks) * row_bytes > limit:
+            while -(-size // num_chunks) * row_bytes > limit or (size != shape[dimension] and size % num_chunks):
                 num_chunks += 1
-            return (1,) * dimension + (max(1, -(-size // num_chunks)), *shape[dimension + 1 :])
+            return (1,) * dimension + (max(1, -(-size // num_chunks)), *shard[dimension + 1 :])
     return (1,) * len(shape)
 
 
@@ -213,7 +247,7 @@ class ChunkBuffer:
 
 
 def write_chunk(path: Path, chunk: np.ndarray) -> dict[str, Any]:
-    """Write a file and force it to the disk.
+    """Write a file and force it to the disk, or put it into the store.
 
     Args:
         path: in a folder that exists.
@@ -226,6 +260,9 @@ def write_chunk(path: Path, chunk: np.ndarray) -> dict[str, Any]:
         OSError: if the disk is full, or fails in another way.
     """
     content = chunk.reshape(-1).view(np.uint8).data
+    if is_remote(path):
+        write_bytes(path, bytes(content))
+        return describe_bytes(content)
     with writing(path):
         try:
             _write(path, content, _DIRECT)
@@ -233,7 +270,7 @@ def write_chunk(path: Path, chunk: np.ndarray) -> dict[str, Any]:
             if error.errno != errno.EINVAL or not _DIRECT:
                 raise
             _write(path, content, 0)  # a file system, or memory, that direct I/O cannot do
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return describe_bytes(content)
 
 
 def _write(path: Path, content: memoryview, direct: int) -> None:

@@ -12,8 +12,9 @@ import tensorstore as ts
 from hypothesis import given
 from hypothesis import strategies as st
 
-import t5pegasus.arrays
-from t5pegasus.arrays import load_arrays, open_arrays, save_arrays
+import t5pegasus.checkpoint.snapshot
+from t5pegasus.arrays import load_arrays, open_arrays
+from t5pegasus.checkpoint import save_arrays
 from t5pegasus.chunks import (
     ChunkBuffer,
     StoredArray,
@@ -61,9 +62,20 @@ def save_whole_and_compressed(folder: Path, arrays: dict[str, np.ndarray]) -> No
         writer.save(folder / "arrays", args=ocp.args.PyTreeSave(arrays))
 
 
+def save_with_orbax(folder: Path, arrays: dict[str, np.ndarray]) -> None:
+    """The arrays as versions before our own writer wrote them: plain values, with an index behind each chunk."""
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True, use_compression=False)
+    save_args = {
+        name: ocp.SaveArgs(chunk_byte_size=LIMIT, shard_axes=(0,) if array.ndim > 2 else ())
+        for name, array in arrays.items()
+    }
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(folder / "arrays", args=ocp.args.PyTreeSave(arrays, save_args=save_args))
+
+
 def save_from_mesh(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     mesh = jax.make_mesh((2, 2), ("a", "b"))
-    spec = {3: jax.P(None, "a", "b"), 2: jax.P(None, "b"), 1: jax.P("a"), 0: jax.P()}
+    spec = {3: jax.P(None, None, "b"), 2: jax.P(None, "b"), 1: jax.P("a"), 0: jax.P()}
     save_arrays(
         folder,
         {
@@ -74,7 +86,8 @@ def save_from_mesh(folder: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 WRITERS = {
-    "own": write_own, "orbax": save_arrays, "mesh": save_from_mesh, "compressed": save_whole_and_compressed,
+    "growth": write_own, "own": save_arrays, "mesh": save_from_mesh, "orbax": save_with_orbax,
+    "compressed": save_whole_and_compressed,
 }  # fmt: skip
 
 
@@ -90,6 +103,16 @@ def test_chunks_are_consecutive_rows_of_bounded_size_that_cover_the_array(shape,
     assert (array == 1).all()
 
 
+@given(shapes, st.data(), st.integers(8, 500))
+def test_no_chunk_lies_in_two_shards(shape, data, limit):
+    splits = [data.draw(st.sampled_from([n for n in range(1, size + 1) if size % n == 0])) for size in shape]
+    shard = tuple(size // split for size, split in zip(shape, splits))
+    chunk_shape = choose_chunk_shape(shape, 4, limit, shard)
+    assert math.prod(chunk_shape) * 4 <= max(limit, 4)
+    for _, part in list_chunks(shape, chunk_shape):
+        assert all(each.start // size == (each.stop - 1) // size for each, size in zip(part, shard))
+
+
 @given(shapes, st.integers(8, 500))
 def test_a_part_is_cut_into_blocks_of_bounded_size_that_cover_it(shape, limit):
     part = tuple(slice(size // 3, size) for size in shape)
@@ -103,7 +126,7 @@ def test_a_part_is_cut_into_blocks_of_bounded_size_that_cover_it(shape, limit):
 
 @pytest.mark.parametrize("writer", WRITERS)
 def test_any_block_of_any_layout_is_read_and_orbax_reads_all(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(t5pegasus.arrays, "CHUNK_BYTES", LIMIT)
+    monkeypatch.setattr(t5pegasus.checkpoint.snapshot, "CHUNK_BYTES", LIMIT)
     arrays = draw_arrays()
     WRITERS[writer](tmp_path, arrays)
     stored = open_arrays(tmp_path)
@@ -128,9 +151,9 @@ def test_any_block_of_any_layout_is_read_and_orbax_reads_all(writer, tmp_path, m
         assert placed[name].sharding == shardings[name]
 
 
-@pytest.mark.parametrize("writer", ["own", "orbax", "mesh"])
+@pytest.mark.parametrize("writer", ["growth", "own", "mesh", "orbax"])
 def test_saved_chunks_are_of_bounded_size_and_stacked_layers_lie_apart(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(t5pegasus.arrays, "CHUNK_BYTES", LIMIT)
+    monkeypatch.setattr(t5pegasus.checkpoint.snapshot, "CHUNK_BYTES", LIMIT)
     WRITERS[writer](tmp_path, draw_arrays())
     files = [file for file in tmp_path.glob("arrays/*/c/**/*") if file.is_file()]
     assert len(files) > 3 + 3
@@ -159,7 +182,7 @@ def test_a_large_compressed_chunk_is_decoded_once(tmp_path, monkeypatch):
 @pytest.mark.parametrize("writer", ["own", "orbax"])
 def test_a_block_is_read_from_its_part_of_the_file_alone(writer, tmp_path):
     array = np.arange(1000, dtype=np.int32).reshape(100, 10)
-    (write_own if writer == "own" else save_arrays)(tmp_path, {"rows": array})
+    WRITERS[writer](tmp_path, {"rows": array})
     (file,) = (tmp_path / "arrays" / "rows" / "c").glob("*/*")
     with file.open("r+b") as opened:
         opened.truncate(50 * 40)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +17,10 @@ from t5pegasus.checkpoint import (
     has_ema,
     has_optimizer_state,
     list_arrays,
-    load_arrays,
     load_checkpoint_info,
     load_parameters,
+    load_together,
+    verify_structure,
 )
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
@@ -73,6 +74,7 @@ def find_origin(
     reset_rows: bool,
     events: Sequence[Event] = (),
     recorded_events: Sequence[Mapping[str, Any]] = (),
+    damaged: Collection[Path] = (),
 ) -> Origin:
     """The one place that decides where weights come from.
 
@@ -80,14 +82,15 @@ def find_origin(
     2. the `start_from` checkpoint: a trained, grown or converted one;
     3. fresh ones.
 
-    `manifest` is that of the examples, `recorded_events` are those in the run's config.json; for the rest see
-    `train_run`.
+    `manifest` is that of the examples, `recorded_events` are those in the run's config.json, `damaged` are checkpoints
+    that could not be loaded; for the rest see `train_run`. Of the run's own checkpoint the arrays are not read here:
+    the state's `load` verifies them, and so may raise a DamagedError, in every process alike.
 
     Raises:
         UsageError: if the checkpoint and the config or the examples do not belong together.
         ArtifactError: if the checkpoint is damaged.
     """
-    own = find_last_good(run_path)
+    own = find_last_good(run_path, verify_structure, damaged)
     if own is not None:
         lineage = load_checkpoint_info(own).lineage
         check_events_kept(run_path, recorded_events, events, lineage)
@@ -136,7 +139,7 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
 
     def load() -> TrainState:
         shardings = state_shardings(specs, mesh, config.optimizer, with_ema=stored_ema and _keeps_ema(config))
-        state = arrays_to_state(load_arrays(path, shardings=state_to_arrays(shardings)))
+        state = arrays_to_state(load_together(path, state_to_arrays(shardings)))
         if _keeps_ema(config) and not stored_ema:  # it begins here, at the parameters
             state = state._replace(ema={name: jnp.copy(array) for name, array in state.parameters.items()})
         if reset_rows:

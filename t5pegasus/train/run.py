@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import (
     CheckpointInfo,
+    CheckpointWriter,
+    DamagedError,
+    Retention,
     best_steps,
     find_checkpoint,
     finish_saves,
-    remove_old_checkpoints,
-    save_checkpoint,
 )
 from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import PackedRows, load_batches
@@ -84,7 +85,38 @@ def train_run(
         DivergedError: if the loss stops being finite.
         PreemptedError: if the run was asked to stop, once what it has done is saved.
     """
-    control = control or Control()
+    control, damaged = control or Control(), set[Path]()
+    while True:
+        try:
+            return _train(
+                config,
+                paths,
+                keep_state=keep_state,
+                reset_rows=reset_rows,
+                scorer=scorer,
+                events=events,
+                control=control,
+                damaged=damaged,
+            )
+        except DamagedError as error:  # what was found when its arrays were read
+            if error.path.parent != paths.run_path / "checkpoints" or error.path in damaged:
+                raise
+            logger.warning("%s; going back to the one before", error)
+            damaged.add(error.path)
+
+
+def _train(
+    config: RunConfig,
+    paths: RunPaths,
+    *,
+    keep_state: bool,
+    reset_rows: bool,
+    scorer: Scorer | None,
+    events: Sequence[Event],
+    control: Control,
+    damaged: Collection[Path],
+) -> Path:
+    """`train_run`, without the checkpoints that are known to be damaged."""
     mesh = make_mesh(config.mesh)
     record = load_run_record(paths.run_path)
     if record is not None:
@@ -106,6 +138,7 @@ def train_run(
             reset_rows=reset_rows,
             events=events,
             recorded_events=load_recorded_events(paths.run_path),
+            damaged=damaged,
         )
         train, step = config.train, origin.step
         train_step = make_train_step(origin.config, mesh)
@@ -131,6 +164,7 @@ def train_run(
         from_step = step if origin.resumed else -1
         metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step, plan_hashes(origin.lineage)))
         _write_start(metrics, paths, origin.config, step, mesh, memory)
+        writer = stack.enter_context(CheckpointWriter(paths.run_path))
         run = Run(
             events=events,
             mesh=mesh,
@@ -138,8 +172,8 @@ def train_run(
             metrics=metrics,
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
-            save=functools.partial(_save, paths.run_path, shards),
-            finish_saves=lambda: None,
+            save=functools.partial(_save, writer, shards),
+            finish_saves=writer.finish,
             control=control,
             checkpoints_path=paths.run_path / "checkpoints",
         )
@@ -162,9 +196,10 @@ def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _save(run_path: Path, shards: ExampleShards, phase: Phase, state: TrainState, history: History, flops: int) -> None:
-    """Write a checkpoint; beside the last ones stay the best one, and those that an event changed the model behind."""
-    path = run_path / "checkpoints" / str(int(state.step))
+def _save(
+    writer: CheckpointWriter, shards: ExampleShards, phase: Phase, state: TrainState, history: History, flops: int
+) -> None:
+    """Begin a checkpoint; beside the last ones stay the best one, and those that an event changed the model behind."""
     info = CheckpointInfo(
         config=phase.config,
         step=int(state.step),
@@ -176,9 +211,9 @@ def _save(run_path: Path, shards: ExampleShards, phase: Phase, state: TrainState
         history=history,
         flops=flops,
     )
-    save_checkpoint(path, state_to_arrays(state), info, run_path / "tokenizer")
-    kept_steps = {*best_steps(history)[-1:], *(entry["step"] for entry in phase.lineage)}
-    remove_old_checkpoints(run_path, path, phase.config.train.keep_checkpoints, kept_steps)
+    train = phase.config.train
+    kept_steps = frozenset({*best_steps(history)[-1:], *(entry["step"] for entry in phase.lineage)})
+    writer.save(state_to_arrays(state), info, Retention(train.keep_checkpoints, train.keep_every_steps, kept_steps))
 
 
 def _write_start(

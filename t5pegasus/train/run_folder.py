@@ -20,7 +20,7 @@ FREE_ON_RESUME = {
     "mesh": ("data", "fsdp", "tensor"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
-        "keep_checkpoints", "patience", "compute_dtype",
+        "save_every_seconds", "keep_checkpoints", "keep_every_steps", "patience", "compute_dtype",
     ),
 }  # fmt: skip
 """What may change when a run continues: the data position counts rows, so batch size is among them; a compute

@@ -22,9 +22,9 @@ from growth.index_map import IndexMap
 from growth.receipt import LogitDifference, Receipt
 from growth.t5 import plan_growth
 from growth.verify import Request, measure_apart, measure_growth
-from t5pegasus.arrays import load_arrays, save_arrays
+from t5pegasus.arrays import load_arrays
 from t5pegasus.axes import ParamSpec
-from t5pegasus.checkpoint import load_checkpoint_info, save_checkpoint
+from t5pegasus.checkpoint import load_checkpoint_info, save_arrays, save_checkpoint
 from t5pegasus.config import NUMERICS, OptimizerConfig
 from t5pegasus.errors import ArtifactError
 from t5pegasus.train.state import state_to_arrays
@@ -216,9 +216,9 @@ def test_the_arrays_of_every_kind_of_plan_are_derived_a_second_time(checkpoint_p
     assert receipt.arrays.largest_derived_error < 8
 
 
-@pytest.mark.parametrize("name", ["adafactor", "sgd"])
-def test_the_state_of_other_optimizers_is_derived_too(tmp_path, name):
-    optimizer = OptimizerConfig(name=name, min_dim_size_to_factor=8)
+@pytest.mark.parametrize(("name", "moment_dtype"), [("adafactor", "float32"), ("sgd", "float32"), ("muon", "bfloat16")])
+def test_the_state_of_other_optimizers_is_derived_too(tmp_path, name, moment_dtype):
+    optimizer = OptimizerConfig(name=name, min_dim_size_to_factor=8, moment_dtype=moment_dtype)
     source = source_of(tmp_path, optimizer)
     grown = Grown(source, tmp_path / "grown", {"d_model": 18, "d_ff": 24, "num_encoder_layers": 2}, {"axes": CREATED})
     assert any(array.startswith("row_moment.") for array in load_arrays(source)) == (name == "adafactor")

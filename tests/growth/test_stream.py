@@ -20,8 +20,8 @@ from growth.grow import grow_state
 from growth.journal import Journal, begin_growth, checkpoint_folder
 from growth.stream import KnownArray, gather_statistics, write_leaves
 from growth.t5 import plan_growth
-from t5pegasus.arrays import load_arrays, open_arrays, save_arrays
-from t5pegasus.checkpoint import load_checkpoint_info, verify_checkpoint
+from t5pegasus.arrays import load_arrays, open_arrays
+from t5pegasus.checkpoint import load_checkpoint_info, save_arrays, verify_checkpoint
 from t5pegasus.errors import ArtifactError
 from t5pegasus.manifest import MANIFEST
 from t5pegasus.train.state import arrays_to_state, state_to_arrays

@@ -1,0 +1,84 @@
+"""Which checkpoint a name means: a run's last good one, its best one, or this very folder."""
+
+import logging
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any
+
+from t5pegasus.checkpoint.folder import checkpoints_folder, list_checkpoints, verify_checkpoint
+from t5pegasus.checkpoint.info import INFO, best_steps, load_checkpoint_info
+from t5pegasus.errors import ArtifactError
+from t5pegasus.manifest import MANIFEST
+
+logger = logging.getLogger(__name__)
+
+
+def find_last_good(
+    run_path: Path, verify: Callable[[Path], Any] = verify_checkpoint, damaged: Collection[Path] = ()
+) -> Path | None:
+    """The newest checkpoint of a run that verifies; damaged ones are named in the log and passed over.
+
+    Args:
+        run_path: the run's folder.
+        verify: raises an ArtifactError of a damaged checkpoint: `verify_checkpoint` reads every byte,
+            `verify_structure` leaves the arrays to who loads them.
+        damaged: checkpoints that were found damaged when their arrays were loaded.
+
+    Raises:
+        ArtifactError: if there are checkpoints, and all are damaged.
+    """
+    finished = list_checkpoints(run_path)
+    for path in finished:
+        if path in damaged:
+            continue
+        try:
+            verify(path)
+        except ArtifactError as error:
+            logger.warning("%s; going back to the one before", error)
+        else:
+            return path
+    if finished:
+        raise ArtifactError(
+            f"{run_path}: all of its checkpoints are damaged ({', '.join(path.name for path in finished)}); "
+            f"copy them anew, or delete {checkpoints_folder(run_path)} to begin again"
+        )
+    return None
+
+
+def find_best(run_path: Path) -> Path | None:
+    """The checkpoint to use a run by: the best one if it keeps that (`train.keep_best`), else its last good one.
+
+    A best one that is damaged or gone is named in the log, and the one that was best before, or the last one, is taken.
+    """
+    last = find_last_good(run_path)
+    if last is None:
+        return None
+    for step in reversed(best_steps(load_checkpoint_info(last).history)):
+        path = checkpoints_folder(run_path) / str(step)
+        if path == last:
+            return last
+        try:
+            verify_checkpoint(path)
+        except ArtifactError as error:
+            logger.warning("the best checkpoint of %s cannot be used: %s", run_path, error)
+        else:
+            return path
+    return last
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint a user means: this very folder, or the best or last good one of a run folder (`find_best`).
+
+    Raises:
+        ArtifactError: if there is none, or it is damaged.
+    """
+    if (path / INFO).is_file():
+        verify_checkpoint(path)
+        return path
+    found = find_best(path) if path.is_dir() else None
+    if found is None:
+        raise ArtifactError(
+            f"{path} is neither a checkpoint (a folder with checkpoint.json and {MANIFEST}) nor a run with one "
+            "under checkpoints/; check the path, or train first with: t5pegasus pretrain"
+        )
+    return found

@@ -1,0 +1,118 @@
+"""Saving while training goes on: a copy is taken, and a thread of the process writes it."""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import jax
+
+from t5pegasus.checkpoint.folder import checkpoints_folder, find_process
+from t5pegasus.checkpoint.info import CheckpointInfo
+from t5pegasus.checkpoint.meeting import TIME_LIMIT, Meeting, draw_token
+from t5pegasus.checkpoint.retention import Retention, remove_old_checkpoints
+from t5pegasus.checkpoint.save import write_checkpoint
+from t5pegasus.checkpoint.snapshot import Snapshot, take_snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class Stall(NamedTuple):
+    """How long a save held up training, in seconds."""
+
+    waiting: float
+    """For the save before it, which was still being written."""
+    copying: float
+    """From the devices to the host."""
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.waiting + self.copying
+
+
+class CheckpointWriter:
+    """Writes the checkpoints of a run behind its back; a context manager, and every process makes one.
+
+    At most one save is on its way: it takes host memory of the size of what this process writes. What a save failed of
+    is raised by the next call of `save` or `finish`. Nothing that the thread does needs a device or another process to
+    be alive: where processes wait for each other it is for files, and not for ever (`meeting`).
+
+    Left by an error, a lone process finishes the save that is on its way; one of several does not wait for the others.
+
+    Args:
+        run_path: folder of the run, which has the tokenizer.
+        time_limit: seconds to wait for another process's part.
+    """
+
+    def __init__(self, run_path: Path, time_limit: float = TIME_LIMIT):
+        self._run_path, self._time_limit = run_path, time_limit
+        self._process, self._token, self._count = find_process(), draw_token(), 0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.finish()
+        elif self._process[1] == 1:
+            with contextlib.suppress(BaseException):  # the first error is the one to report
+                self.finish()
+
+    def save(self, arrays: Mapping[str, jax.Array], info: CheckpointInfo, retention: Retention) -> Stall:
+        """Begin to write `checkpoints/STEP`; the arrays may be donated when this returns.
+
+        Args:
+            arrays: by dotted name; every process gives the same.
+            info: see CheckpointInfo.
+            retention: which older checkpoints to keep when this one is whole.
+
+        Raises:
+            OSError: of an earlier save; this one is not begun then.
+        """
+        began = time.perf_counter()
+        self.finish()
+        waited = time.perf_counter()
+        snapshot = take_snapshot(arrays, self._process[0], copy=True)
+        copied = time.perf_counter()
+        self._count += 1
+        path = checkpoints_folder(self._run_path) / str(info.step)
+        meeting = Meeting(path, f"{self._token}-{self._count}", self._process, self._time_limit)
+        # A daemon: the end of one of several processes must not wait for a part that never comes.
+        self._thread = threading.Thread(
+            target=self._write, args=(meeting, snapshot, info, retention), name=f"save {info.step}", daemon=True
+        )
+        self._thread.start()
+        return Stall(waited - began, copied - waited)
+
+    def finish(self) -> None:
+        """Wait until the save on its way is on the disk.
+
+        Raises:
+            OSError: if it could not be written; older checkpoints are as they were.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, meeting: Meeting, snapshot: Snapshot, info: CheckpointInfo, retention: Retention) -> None:
+        began = time.perf_counter()
+        try:
+            write_checkpoint(meeting, snapshot, info, self._run_path / "tokenizer")
+            if self._process[0] == 0:
+                remove_old_checkpoints(self._run_path, meeting.path, retention)
+        except BaseException as error:
+            self._error = error
+        seconds = time.perf_counter() - began
+        logger.debug("%s: %.2f GB in %.1f s", meeting.path, snapshot.num_bytes / 1e9, seconds)
