@@ -19,8 +19,12 @@ from grain.experimental import index_shuffle
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
-from t5pegasus.data.packing import load_packing
-from t5pegasus.data.shards import Example, ExampleShards
+from t5pegasus.data.packing import load_packing, longest_text
+from t5pegasus.data.quarantine import BadExample, Quarantine
+from t5pegasus.data.records import Example
+from t5pegasus.data.row_layout import check_targets, lay_out
+from t5pegasus.data.shards import ExampleShards
+from t5pegasus.data.span_corruption import example_keys
 from t5pegasus.errors import ArtifactError, DataError
 
 _SHUFFLE_ROUNDS = 8
@@ -30,7 +34,8 @@ _SHUFFLE_ROUNDS = 8
 class PackedRows:
     """Rows of a folder of examples, packed to the lengths in `data`; random access, safe between threads.
 
-    An example longer than a row keeps its first tokens and its end token.
+    An example longer than a row keeps its first tokens and its end token, a text to corrupt its first tokens. One that
+    cannot be read leaves its segment empty.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class PackedRows:
         start_id: int,
         *,
         num_open_tokens: int | None = None,
+        quarantine: Quarantine | None = None,
     ) -> None:
         """Open the examples, and make their packing table if these lengths are new.
 
@@ -51,6 +57,7 @@ class PackedRows:
             start_id: the model's.
             num_open_tokens: the model's, if not all of the vocabulary; rows whose targets go beyond are refused when
                 they are read.
+            quarantine: receives the examples that cannot be used, default one of its own.
 
         Raises:
             ArtifactError: if the examples are damaged or were made with other special ids than the model's.
@@ -59,6 +66,7 @@ class PackedRows:
         self.shards = ExampleShards(examples_path)
         self.data, self.pad_id, self.start_id = data, pad_id, start_id
         self._num_open_tokens = num_open_tokens
+        self._quarantine = Quarantine(data.max_bad_examples) if quarantine is None else quarantine
         for name, wanted in (("pad_id", pad_id), ("start_id", start_id)):
             if self.shards.manifest[name] != wanted:
                 raise ArtifactError(
@@ -69,6 +77,8 @@ class PackedRows:
             raise DataError(f"{examples_path} holds no examples; build it from more documents")
         self.table = load_packing(self.shards, data)
         self.num_rows = self.table.num_rows
+        if self.shards.corruption is not None:
+            self._longest_text = longest_text(self.shards.corruption, data)
 
     def __enter__(self) -> Self:
         return self
@@ -80,11 +90,6 @@ class PackedRows:
         """Close the files."""
         self.shards.close()
 
-    def row(self, k: int, epoch: int) -> dict[str, np.ndarray]:
-        """Row k of an epoch: the fields of `Batch` (without `row_ids`) as 1-D arrays."""
-        fields = self._fill([self.table_row(k, epoch)])
-        return {name: array[0] for name, array in fields.items()}
-
     def table_row(self, k: int, epoch: int) -> int:
         """Which row of the packing table comes k-th in an epoch."""
         digest = hashlib.blake2b(f"{self.data.seed}/{epoch}".encode(), digest_size=4).digest()
@@ -94,85 +99,44 @@ class PackedRows:
     def stream_batch(self, stream_rows: Sequence[int] | np.ndarray) -> Batch:
         """The batch of these rows of the endless stream."""
         at = [divmod(int(row), self.num_rows) for row in stream_rows]
-        fields = self._fill([self.table_row(k, epoch) for epoch, k in at])
-        return _batch(fields, stream_rows)
+        table_rows = [self.table_row(k, epoch) for epoch, k in at]
+        return self._batch(table_rows, [epoch for epoch, _ in at], stream_rows)
 
     def ordered_batch(self, table_rows: Sequence[int] | np.ndarray) -> Batch:
-        """The batch of these rows of the table; from `num_rows` on they are empty, with weight 0."""
-        return _batch(self._fill(table_rows), table_rows)
+        """The batch of these rows of the table, always the same; from `num_rows` on they are empty, with weight 0."""
+        return self._batch(table_rows, [0] * len(table_rows), table_rows)
 
-    def _fill(self, table_rows: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+    def _batch(
+        self, table_rows: Sequence[int] | np.ndarray, epochs: Sequence[int], row_ids: Sequence[int] | np.ndarray
+    ) -> Batch:
         starts = self.table.row_starts
         members = [
             self.table.examples[starts[row] : starts[row + 1]] if row < self.num_rows else np.empty(0, np.int64)
             for row in table_rows
         ]
+        counts = np.array([len(member) for member in members], np.int64)
         indices = np.concatenate([np.empty(0, np.int64), *members])
-        examples = self.shards.read(indices)
-        if self._num_open_tokens is not None:
+        sources, targets, faults = self.shards.read_sequences(indices)
+        for at, reason in faults.items():
+            index = int(indices[at])
+            self._quarantine.admit(BadExample(str(self.shards.path / self.shards.shard_of(index).file), index, reason))
+        if self.shards.corruption is not None:
+            keys = example_keys(self.data.seed, np.repeat(np.array(epochs, np.int64), counts), indices)
+            sources, targets = self.shards.corruption.corrupt(sources.shortened(self._longest_text), keys)
+        fields = lay_out(sources, targets, counts, self.data, self.pad_id, self.start_id)
+        if (
+            self._num_open_tokens is not None
+            and fields["decoder_target_tokens"].max(initial=0) >= self._num_open_tokens
+        ):
+            examples = [Example(sources[at], targets[at]) for at in range(len(indices))]
             check_targets(examples, self._num_open_tokens, indices, str(self.shards.path))
-        return fill_rows(examples, [len(member) for member in members], self.data, self.pad_id, self.start_id)
-
-
-def _batch(fields: dict[str, np.ndarray], rows: Sequence[int] | np.ndarray) -> Batch:
-    zeros = np.zeros(len(rows), np.int32)
-    row_ids = np.asarray(rows, np.int64).astype(np.uint32)
-    return Batch(**fields, row_ids=row_ids, source_ids=zeros, num_bad_examples=zeros)
-
-
-def check_targets(
-    examples: Sequence[Example], num_open_tokens: int, indices: Sequence[int] | np.ndarray, where: str
-) -> None:
-    """Refuse targets with tokens that the model cannot write: their probability is 0, their loss infinite.
-
-    Args:
-        examples: what is to be trained or measured on.
-        num_open_tokens: the model's (`ModelConfig.num_masked_tokens`).
-        indices: the number of each example, for the message.
-        where: what they are of, for the message.
-
-    Raises:
-        DataError: naming the first such example and its token.
-    """
-    for index, example in zip(indices, examples):
-        if len(example.target) and (highest := int(example.target.max())) >= num_open_tokens:
-            raise DataError(
-                f"{where}: the target of example {index} holds token {highest}, but of the model's vocabulary only "
-                f"the first {num_open_tokens} tokens are open (num_masked_tokens); open the others with t5pegasus "
-                "grow, or give examples whose targets do without them"
-            )
-
-
-def fill_rows(
-    examples: Sequence[Example], counts: Sequence[int], data: DataConfig, pad_id: int, start_id: int
-) -> dict[str, np.ndarray]:
-    """The fields of `Batch` (without `row_ids`) for rows that hold these examples as their segments.
-
-    Args:
-        examples: those of the first row, then those of the second, and so on; longer than a row loses its end.
-        counts: how many each row holds; the packing sees to it that they fit together.
-        data: the lengths of a row.
-        pad_id: fills what is left.
-        start_id: the first decoder input of each segment.
-    """
-    rows = np.repeat(np.arange(len(counts)), counts)
-    max_source, max_target = data.max_source_tokens, data.max_target_tokens
-    sources = [_truncate(example.source, max_source) for example in examples]
-    targets = [_truncate(example.target, max_target) for example in examples]
-    source, source_segments, source_positions = _place(sources, rows, (len(counts), max_source), pad_id)
-    target, target_segments, target_positions = _place(targets, rows, (len(counts), max_target), pad_id)
-    inside = target_segments > 0
-    moved = np.where(target_positions == 0, start_id, np.roll(target, 1, axis=1))
-    return {
-        "encoder_input_tokens": source,
-        "encoder_segment_ids": source_segments,
-        "encoder_positions": source_positions,
-        "decoder_input_tokens": np.where(inside, moved, pad_id).astype(np.int32),
-        "decoder_target_tokens": target,
-        "decoder_loss_weights": inside.astype(np.float32),
-        "decoder_segment_ids": target_segments,
-        "decoder_positions": target_positions,
-    }
+        bad = np.bincount(np.repeat(np.arange(len(counts)), counts)[list(faults)], minlength=len(counts))
+        return Batch(
+            **fields,
+            row_ids=np.asarray(row_ids, np.int64).astype(np.uint32),
+            source_ids=np.zeros(len(counts), np.int32),
+            num_bad_examples=bad.astype(np.int32),
+        )
 
 
 def load_batches(
@@ -241,27 +205,3 @@ class _StreamBatches:
         for _ in range(self._num_threads):
             self._reading.acquire()
         self._reading.release(self._num_threads)
-
-
-def _truncate(tokens: np.ndarray, max_tokens: int) -> np.ndarray:
-    if len(tokens) <= max_tokens:
-        return tokens
-    return np.concatenate([tokens[: max_tokens - 1], tokens[-1:]])
-
-
-def _place(
-    sequences: list[np.ndarray], rows: np.ndarray, shape: tuple[int, int], pad_id: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lay sequences out one behind the other in their rows (ascending): tokens, segment ids, positions."""
-    tokens = np.full(shape, pad_id, np.int32)
-    segment_ids, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-    if sequences:
-        lengths = np.array([len(sequence) for sequence in sequences])
-        starts = np.cumsum(lengths) - lengths
-        first = np.searchsorted(rows, rows)  # the first sequence in the same row
-        position = np.arange(lengths.sum()) - np.repeat(starts, lengths)
-        place = np.repeat(rows * shape[1] + starts - starts[first], lengths) + position
-        tokens.ravel()[place] = np.concatenate(sequences)
-        segment_ids.ravel()[place] = np.repeat(np.arange(len(rows)) - first + 1, lengths)
-        positions.ravel()[place] = position
-    return tokens, segment_ids, positions

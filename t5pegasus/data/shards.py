@@ -1,9 +1,11 @@
 """Examples on disk: ArrayRecord shards of token ids, their lengths, a copy of the tokenizer and a manifest.
 
-A record is the source length (uint32, little endian) followed by the ids of source and target, as uint16
-while the vocabulary is smaller than 65,536 and as uint32 from there on. One record per group
-(`group_size:1`) makes random access one read; uncompressed, because zstd gains nothing on groups this
-small. The bytes depend on the examples alone, and every record carries a hash that a read checks.
+One record (`data.records`) per group (`group_size:1`) makes random access one read; uncompressed, because zstd
+gains nothing on groups this small. The bytes depend on the examples alone, and every record carries a hash that
+a read checks.
+
+Examples of span corruption are stored whole, as sources without specials and without a target; the manifest then
+says how they are corrupted when they are read (`data.span_corruption`).
 """
 
 import dataclasses
@@ -12,11 +14,13 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from t5pegasus.data.records import Example, Sequences, unpack_records
+from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.errors import ArtifactError, reading, writing
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.storage import fetch, open_path
@@ -27,18 +31,8 @@ HISTOGRAM_BIN_TOKENS = 16
 _CONTENT_FIELDS = (
     "tokenizer_fingerprint", "vocab_size", "pad_id", "start_id", "end_id", "lengths_sha256", "shards",
 )  # fmt: skip
-_HEADER = np.dtype("<u4")
 _WRITER_OPTIONS = "group_size:1,uncompressed"
 _READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
-
-
-class Example(NamedTuple):
-    """One (source, target) pair of token ids, both with their end token, without the decoder's start id."""
-
-    source: np.ndarray
-    """int32 [S]."""
-    target: np.ndarray
-    """int32 [T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +45,9 @@ class Shard:
     sha256: str
 
 
-def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest of the two unsigned types that holds every id."""
-    return np.dtype("<u2" if vocab_size < 2**16 else "<u4")
-
-
 def shard_name(index: int, num_shards: int) -> str:
     """`examples-00000-of-00008.array_record`, for index 0 of 8."""
     return f"examples-{index:05d}-of-{num_shards:05d}.array_record"
-
-
-def pack_record(source: Sequence[int] | np.ndarray, target: Sequence[int] | np.ndarray, dtype: np.dtype) -> bytes:
-    """One example as the bytes of a record."""
-    header = np.array(len(source), _HEADER).tobytes()
-    return header + np.asarray(source, dtype).tobytes() + np.asarray(target, dtype).tobytes()
-
-
-def unpack_record(record: bytes, dtype: np.dtype) -> Example:
-    """The example in a record written by `pack_record` with the same `dtype`."""
-    num_source = int(np.frombuffer(record, _HEADER, count=1)[0])
-    ids = np.frombuffer(record, dtype, offset=_HEADER.itemsize).astype(np.int32)
-    return Example(ids[:num_source], ids[num_source:])
 
 
 def hash_file(path: Path) -> str:
@@ -125,11 +101,12 @@ def write_manifest(
     pad_id: int,
     start_id: int,
     end_id: int,
+    corruption: SpanCorruption | None = None,
 ) -> dict[str, Any]:
     """Write the manifest of a folder whose shards, lengths and tokenizer are in place; returns it.
 
-    The fingerprint covers what training sees (tokenizer, special ids, bytes of shards and lengths), not how
-    it came about, so the same examples built on another machine have the same one.
+    The fingerprint covers what training sees (tokenizer, special ids, bytes of shards and lengths, corruption),
+    not how it came about, so the same examples built on another machine have the same one.
     """
     lengths = np.load(folder / LENGTHS, mmap_mode="r")
     content = {
@@ -140,6 +117,7 @@ def write_manifest(
         "end_id": end_id,
         "lengths_sha256": hash_file(folder / LENGTHS),
         "shards": [dataclasses.asdict(shard) for shard in shards],
+        **({"corruption": corruption._asdict()} if corruption else {}),
     }
     num_source, num_target = (int(total) for total in lengths.sum(axis=0, dtype=np.int64))
     max_source, max_target = (int(longest) for longest in lengths.max(axis=0, initial=0))
@@ -202,11 +180,15 @@ class ExampleShards:
             self.fingerprint: str = self.manifest["fingerprint"]
             self.tokenizer_path = self.path / "tokenizer"
             self.shards = [Shard(**entry) for entry in self.manifest["shards"]]
-            self._dtype = token_dtype(self.manifest["vocab_size"])
+            self.vocab_size: int = self.manifest["vocab_size"]
+            corruption = self.manifest.get("corruption")
+            self.corruption = corruption and SpanCorruption.from_json(corruption)
             self._starts = np.cumsum([0] + [shard.num_examples for shard in self.shards])
         for shard in self.shards:
             self._check_size(shard)
         self.lengths = self._load_lengths()
+        """int32 [n, 2]: source and target length of each example as it is stored."""
+        self._check_counts()
         self._readers = [self._open(shard) for shard in self.shards]
 
     def __len__(self) -> int:
@@ -227,46 +209,63 @@ class ExampleShards:
             reader.close()
 
     def read(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
-        """The examples of these indices, in their order; many at once are several times faster than one each.
+        """The examples of these indices as they are stored, in their order.
 
         Raises:
             ArtifactError: if a record is damaged.
+            IndexError: if an index is outside [0, len).
+        """
+        sources, targets, faults = self.read_sequences(indices)
+        for at, reason in sorted(faults.items()):
+            shard, index = self.shard_of(int(indices[at])), int(indices[at])
+            raise self._damage(shard, f"example {index} cannot be used: {reason}")
+        return [Example(sources[at], targets[at]) for at in range(len(indices))]
+
+    def read_sequences(self, indices: Sequence[int] | np.ndarray) -> tuple[Sequences, Sequences, dict[int, str]]:
+        """Sources and targets of these indices, in their order; many at once are much faster than one each.
+
+        Returns:
+            Sources, targets, and for what is damaged its position in `indices` → why; its lengths are 0.
+
+        Raises:
             IndexError: if an index is outside [0, len).
         """
         wanted = np.asarray(indices, np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
             raise IndexError(f"example indices {wanted.min()}…{wanted.max()} outside [0, {len(self)})")
         of_shard = np.searchsorted(self._starts, wanted, side="right") - 1
-        examples: list[Example] = [None] * len(wanted)  # pyright: ignore[reportAssignmentType]
+        records: list[bytes] = [b""] * len(wanted)
+        unread: dict[int, str] = {}
         for shard in np.unique(of_shard):
             places = np.flatnonzero(of_shard == shard)
-            try:
-                records = self._readers[shard].read((wanted[places] - self._starts[shard]).tolist())
-            except (RuntimeError, IndexError) as error:
-                raise self._damage(self.shards[shard], f"a record cannot be read ({error})") from error
-            for place, record in zip(places, records):
-                example = unpack_record(record, self._dtype)
-                got, told = (len(example.source), len(example.target)), self.lengths[wanted[place]]
-                if got != tuple(told):
-                    detail = f"example {wanted[place]} has lengths {got}, {LENGTHS} says {tuple(told.tolist())}"
-                    raise self._damage(self.shards[shard], detail)
-                examples[place] = example
-        return examples
+            within = (wanted[places] - self._starts[shard]).tolist()
+            for place, record in zip(places.tolist(), _read_records(self._readers[shard], within)):
+                if isinstance(record, Exception):
+                    unread[place] = f"its record cannot be read ({record})"
+                else:
+                    records[place] = record
+        sources, targets, faults = unpack_records(records, self.lengths[wanted], self.vocab_size)
+        return sources, targets, faults | unread
 
-    def verify(self) -> None:
-        """Read every shard whole and compare its sha256 with the manifest's.
+    def shard_of(self, index: int) -> Shard:
+        """The file that an example lies in."""
+        return self.shards[int(np.searchsorted(self._starts, index, side="right")) - 1]
+
+    def verify(self, shards: Sequence[Shard] | None = None) -> None:
+        """Read every shard, or these, whole and compare its sha256 with the manifest's.
 
         Raises:
             ArtifactError: naming the first file that differs, with both values.
         """
-        for shard in self.shards:
+        for shard in self.shards if shards is None else shards:
             self._check_size(shard)
             got = hash_file(self.path / shard.file)
             if got != shard.sha256:
                 raise self._damage(shard, f"sha256 is {got}, the manifest says {shard.sha256}")
 
     def _require_fingerprint(self) -> None:
-        content = {field: self.manifest[field] for field in _CONTENT_FIELDS}
+        fields = (*_CONTENT_FIELDS, *(("corruption",) if "corruption" in self.manifest else ()))
+        content = {field: self.manifest[field] for field in fields}
         got, wanted = _fingerprint(content), self.manifest["fingerprint"]
         if got != wanted:
             raise ArtifactError(
@@ -276,9 +275,25 @@ class ExampleShards:
 
     def _open(self, shard: Shard) -> ArrayRecordReader:
         try:
-            return ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS)
+            reader = ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS)
         except RuntimeError as error:
             raise self._damage(shard, f"it cannot be opened ({error})") from error
+        if reader.num_records() != shard.num_examples:
+            detail = f"it holds {reader.num_records()} examples, the manifest says {shard.num_examples}"
+            raise self._damage(shard, detail)
+        return reader
+
+    def _check_counts(self) -> None:
+        """The cheap part of what a folder can have wrong: files listed twice, and counts that do not add up."""
+        names = [shard.file for shard in self.shards]
+        for shard, name in zip(self.shards, names):
+            if names.count(name) > 1:
+                raise self._damage(shard, "the manifest lists it twice")
+        if self._starts[-1] != len(self.lengths):
+            raise ArtifactError(
+                f"{self.path / MANIFEST}: its shards hold {self._starts[-1]} examples, {LENGTHS} has "
+                f"{len(self.lengths)}; copy the folder again from where it is whole, or build it again"
+            )
 
     def _check_size(self, shard: Shard) -> None:
         path = self.path / shard.file
@@ -302,3 +317,13 @@ class ExampleShards:
             f"{self.path / shard.file}: {detail}; copy the folder again from where it is whole, "
             "or delete it and build it again"
         )
+
+
+def _read_records(reader: ArrayRecordReader, indices: list[int]) -> list[bytes | Exception]:
+    """All at once, or, where one of them is damaged, each by itself."""
+    try:
+        return reader.read(indices)
+    except (RuntimeError, IndexError) as error:
+        if len(indices) == 1:
+            return [error]
+        return [record for index in indices for record in _read_records(reader, [index])]

@@ -13,7 +13,7 @@ from t5pegasus.config import RunConfig
 from t5pegasus.convert.imported import Imported
 from t5pegasus.corpus.chain import Chain, Kind
 from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
-from t5pegasus.data.shards import Example
+from t5pegasus.data.records import Example
 from t5pegasus.errors import DataError
 from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.model.t5 import count_parameters

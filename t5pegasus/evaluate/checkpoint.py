@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from t5pegasus.checkpoint import load_checkpoint_info
-from t5pegasus.data.shards import Example
+from t5pegasus.data.records import Example
 from t5pegasus.evaluate.bootstrap import Bootstrap
 from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.evaluate.pairs import clean_pairs

@@ -8,9 +8,9 @@ import numpy as np
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import MeshConfig, RunConfig
-from t5pegasus.data.loader import check_targets, fill_rows
 from t5pegasus.data.packing import pack_examples
-from t5pegasus.data.shards import Example
+from t5pegasus.data.records import Example
+from t5pegasus.data.row_layout import check_targets, fill_rows
 from t5pegasus.sharding import make_mesh
 from t5pegasus.train.heldout_loss import make_heldout_loss
 

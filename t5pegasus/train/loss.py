@@ -33,7 +33,7 @@ def sum_losses(
     Args:
         logits: float32 [batch, target, vocab]; those of masked tokens are so low that their probability is 0.
         targets: int32 [batch, target]. The loss of a masked one is no longer finite or close to that: the data are
-            checked for them before (`data.loader.check_targets`).
+            checked for them before (`data.row_layout.check_targets`).
         weights: float32 [batch, target], 0 on padding.
         with_uniform: sum what label smoothing needs, too.
         num_masked_tokens: the model's; label smoothing spreads over the other tokens.

@@ -12,7 +12,7 @@ import pytest
 from launch.cli import main
 from t5pegasus.checkpoint import CheckpointInfo, load_checkpoint_info, save_checkpoint
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
-from t5pegasus.data.shards import Example
+from t5pegasus.data.records import Example
 from t5pegasus.errors import DataError
 from t5pegasus.evaluate import DEFINITIONS, score_pairs
 from t5pegasus.evaluate.heldout import measure_heldout_loss

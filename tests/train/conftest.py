@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
-from t5pegasus.data.shards import pack_record, save_array, shard_name, token_dtype, write_manifest, write_shard
+from t5pegasus.data.records import pack_record, token_dtype
+from t5pegasus.data.shards import save_array, shard_name, write_manifest, write_shard
 from t5pegasus.presets import tiny
 
 VOCAB_SIZE, START, END = 128, 101, 102
