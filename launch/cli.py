@@ -56,6 +56,7 @@ VERBS = {
     "few-shot": Verb("fine-tune on 10, 100, 1,000 pairs under several seeds, as a table"),
     "summarize": Verb("write summaries of documents"),
     "evaluate": Verb("held-out loss, ROUGE and BLEU of a checkpoint or of given summaries"),
+    "checkpoint": Verb("verify, list and compare checkpoints"),
     "convert": Verb("exchange checkpoints with other formats"),
     "report": Verb("one self-contained HTML page about a run"),
     "quickstart": Verb("the whole flow on the embedded sample, in minutes on a CPU"),

@@ -64,11 +64,11 @@ class StoredArray:
     def __init__(self, path: Path):
         self._path = path
         self.shape, self.dtype, self._chunk_shape = ArrayLayout.from_json((path / "zarr.json").read_bytes())
+        self._store: Any = open_with_tensorstore(path) if self._chunk_shape is None else None
         self._keeps_decoded = False
         self._decoded: np.ndarray | None = None
         self._lock = threading.Lock()
-        if self._chunk_shape is None:
-            self._store = open_with_tensorstore(path)
+        if self._store is not None:
             decoded = (size or 1 for size in self._store.chunk_layout.read_chunk.shape or ())
             self._keeps_decoded = math.prod(decoded) * self.dtype.itemsize > 2 * CHUNK_BYTES
 
@@ -81,9 +81,14 @@ class StoredArray:
         if not self._keeps_decoded:
             return self._store[part].read().result()
         with self._lock:
-            if self._decoded is None:
-                self._decoded = self._store.read().result()
-            return self._decoded[part].copy()
+            decoded = self._store.read().result() if self._decoded is None else self._decoded
+            self._decoded = decoded
+        return decoded[part].copy()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def release(self) -> None:
         """Give back what is kept in memory; it can still be read."""
