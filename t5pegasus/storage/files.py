@@ -26,7 +26,8 @@ def write_bytes(path: Path, content: bytes, *, create: bool = False) -> None:
     if is_remote(path):
         _put(path, content, create)
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp" if create else path.name + ".tmp")
+    # Processes of one job, on one machine or several, may write the same file at the same time.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     with writing(path), temporary.open("wb") as file:
         file.write(content)
         file.flush()
