@@ -54,11 +54,12 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
         except Exception as error:
             spent = time.monotonic() - began
             if not _is_transient(error):
-                raise OSError(f"cannot {verb} {path}: {_describe(error)}") from error
+                raise OSError(errno.EIO, f"cannot {verb} {path}: {_describe(error)}") from error
             if spent + pause > seconds:
                 raise OSError(
+                    errno.EIO,
                     f"cannot {verb} {path}: {_describe(error)}; tried {tries} times in {spent:.0f} s, see whether the "
-                    "store can be reached and its quota is not used up, then give the same command again"
+                    "store can be reached and its quota is not used up, then give the same command again",
                 ) from error
             logger.info("%s %s: %s; trying again in %.1f s", verb, path, _describe(error), pause)
             time.sleep(pause * random.uniform(0.5, 1.0))

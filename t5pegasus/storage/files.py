@@ -1,5 +1,6 @@
 """Single files and flat lists of them, on disk and in object stores."""
 
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_range(path: Path, offset: int, length: int) -> bytes:
         file.seek(offset)
         content = file.read(length)
     if len(content) != length:
-        raise OSError(f"{path} ends {length - len(content):,} bytes too early, at {offset + len(content):,}")
+        end = offset + len(content)
+        raise OSError(errno.EIO, f"it ends {length - len(content):,} bytes too early, at {end:,}", str(path))
     return content
 
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import socket
 import sys
@@ -158,7 +159,7 @@ def _claim(run_path: Path) -> int:
     numbers = [int(name.partition(".")[0]) for name in list_files(run_path / _WRITERS)]
     number = max(numbers, default=0)
     began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    who = {"host": socket.gethostname(), "pid": os.getpid(), "began": began}
+    who = {"host": socket.gethostname(), "pid": os.getpid(), "began": began, "token": secrets.token_hex(8)}
     while True:
         number += 1
         with contextlib.suppress(FileExistsError):

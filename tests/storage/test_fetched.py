@@ -1,0 +1,138 @@
+import hashlib
+import json
+import shutil
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t5pegasus.errors import ArtifactError
+from t5pegasus.storage import fetch, fetched, list_files, write_bytes
+
+CONTENT = {"shard-0": bytes(range(250)) * 40, "shard-1": b"second" * 1000}
+
+
+def _put_examples(folder: Any, **changed: bytes) -> None:
+    shards = [
+        {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in CONTENT.items()
+    ]
+    for name, content in (CONTENT | changed).items():
+        write_bytes(folder / name, content)
+    write_bytes(folder / "tokenizer" / "tokenizer.json", b"{}")
+    write_bytes(folder / "heldout" / "manifest.json", b"{}")
+    write_bytes(folder / "heldout" / "shard-0", b"apart")
+    write_bytes(folder / "packing-1" / "rows.npy", b"made anew")
+    write_bytes(folder / "manifest.json", json.dumps({"shards": shards}).encode())
+
+
+def test_a_local_path_comes_back_as_it_is(tmp_path: Path):
+    assert fetch(tmp_path / "nothing") == tmp_path / "nothing"
+
+
+def test_an_artifact_is_fetched_once_whatever_its_name(faults: Any, remote: Any):
+    _put_examples(remote / "one")
+    _put_examples(remote / "two" / "one")
+    local = fetch(remote / "one")
+    assert list_files(local).keys() == {*CONTENT, "tokenizer/tokenizer.json", "manifest.json"}
+    assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
+    faults.calls.clear()
+    assert fetch(remote / "one") == local
+    assert fetch(remote / "two" / "one") == local
+    assert [name for operation, name in faults.calls if operation == "cat_file" and "shard" in name] == []
+
+
+def test_a_change_in_the_store_is_another_artifact(remote: Any):
+    write_bytes(remote / "documents.jsonl", b"first")
+    first = fetch(remote / "documents.jsonl")
+    assert (first.name, first.read_bytes()) == ("documents.jsonl", b"first")
+    write_bytes(remote / "documents.jsonl", b"other")
+    assert fetch(remote / "documents.jsonl").read_bytes() == b"other"
+    write_bytes(remote / "model" / "config.json", b"{}")
+    write_bytes(remote / "model" / "weights", b"1")
+    assert list_files(fetch(remote / "model")) == {"config.json": 2, "weights": 1}
+
+
+def test_a_damaged_file_is_named_and_not_kept(remote: Any, own_cache: Path):
+    _put_examples(remote, **{"shard-1": b"SECOND" * 1000})
+    for _ in range(2):
+        with pytest.raises(ArtifactError, match=f"{remote}/shard-1: sha256 is .* its manifest says"):
+            fetch(remote)
+    assert [path for path in own_cache.rglob("shard-1*") if path.is_file()] == []
+
+
+def test_what_is_not_there_or_not_whole_is_named(remote: Any):
+    with pytest.raises(ArtifactError, match=f"{remote}/none does not exist"):
+        fetch(remote / "none")
+    _put_examples(remote)
+    (remote / "shard-1").unlink()
+    with pytest.raises(ArtifactError, match=f"{remote}/shard-1 is missing"):
+        fetch(remote)
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(remote: Any):
+    for name in ("../../outside", "/outside", "a/../../outside"):
+        entry = {"file": name, "bytes": 1, "sha256": hashlib.sha256(b"x").hexdigest()}
+        write_bytes(remote / "manifest.json", json.dumps({"shards": [entry]}).encode())
+        with pytest.raises(ArtifactError, match="no name of a file"):
+            fetch(remote)
+
+
+def test_a_fetch_that_was_cut_off_goes_on_where_it_was(faults: Any, remote: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fetched, "PART_BYTES", 1000)
+    _put_examples(remote)
+    parts = ("cat_file", None, None, None, None)
+    faults.plan(*parts, forever=TimeoutError("no answer"))
+    with pytest.raises(OSError, match="no answer"):
+        fetch(remote)
+    faults.plan("cat_file")
+    faults.calls.clear()
+    local = fetch(remote)
+    assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
+    num_parts = sum(len(content) // 1000 for content in CONTENT.values()) + 1  # and the tokenizer
+    assert faults.count("cat_file") - 1 < num_parts  # without the manifest's
+
+
+def test_what_a_cut_off_fetch_left_is_verified_too(remote: Any, own_cache: Path, faults: Any):
+    _put_examples(remote)
+    faults.plan("cat_file", None, forever=TimeoutError("no answer"))
+    with pytest.raises(OSError, match="no answer"):
+        fetch(remote)
+    faults.plan("cat_file")
+    (part,) = own_cache.rglob("shard-1.part")
+    part.write_bytes(b"wrong")
+    with pytest.raises(ArtifactError, match="shard-1: sha256"):
+        fetch(remote)
+    assert (fetch(remote) / "shard-1").read_bytes() == CONTENT["shard-1"]
+
+
+def test_of_several_at_once_one_fetches(faults: Any, remote: Any):
+    _put_examples(remote)
+    found: list[Path] = []
+    threads = [threading.Thread(target=lambda: found.append(fetch(remote))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 1
+    assert len(found) == 4
+    assert sum("shard" in name for operation, name in faults.calls if operation == "cat_file") == len(CONTENT)
+
+
+def test_a_disk_without_room_is_told_before_it_is_full(remote: Any, monkeypatch: pytest.MonkeyPatch):
+    _put_examples(remote)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # pyright: ignore[reportAttributeAccessIssue]
+    with pytest.raises(OSError, match=r"takes 0.00 GB here, 0.00 GB are free; .* T5PEGASUS_CACHE") as caught:
+        fetch(remote)
+    assert caught.value.errno == 28
+
+
+def test_a_listing_that_lags_behind_hides_nothing_that_the_manifest_names(faults: Any, remote: Any):
+    _put_examples(remote)
+
+    def without_the_new(operation: Any, *args: Any, **options: Any) -> Any:
+        return {name: entry for name, entry in operation(*args, **options).items() if "shard-1" not in name}
+
+    faults.plan("find", forever=without_the_new)
+    assert (fetch(remote) / "shard-1").read_bytes() == CONTENT["shard-1"]
