@@ -4,7 +4,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -47,10 +47,14 @@ class CheckpointWriter:
     Args:
         run_path: folder of the run, which has the tokenizer.
         time_limit: seconds to wait for another process's part.
+        before_commit: called in the thread of the first process before each checkpoint is committed; what it raises
+            ends the save.
     """
 
-    def __init__(self, run_path: Path, time_limit: float = TIME_LIMIT):
-        self._run_path, self._time_limit = run_path, time_limit
+    def __init__(
+        self, run_path: Path, time_limit: float = TIME_LIMIT, before_commit: Callable[[], None] = lambda: None
+    ):
+        self._run_path, self._time_limit, self._before_commit = run_path, time_limit, before_commit
         self._process, self._token, self._count = find_process(), draw_token(), 0
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -109,7 +113,8 @@ class CheckpointWriter:
     def _write(self, meeting: Meeting, snapshot: Snapshot, info: CheckpointInfo, retention: Retention) -> None:
         began = time.perf_counter()
         try:
-            write_checkpoint(meeting, snapshot, info, self._run_path / "tokenizer")
+            tokenizer_path = self._run_path / "tokenizer"
+            write_checkpoint(meeting, snapshot, info, tokenizer_path, lambda _: self._before_commit())
             if self._process[0] == 0:
                 remove_old_checkpoints(self._run_path, meeting.path, retention)
         except BaseException as error:
