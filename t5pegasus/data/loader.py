@@ -19,12 +19,12 @@ from grain.experimental import index_shuffle
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
+from t5pegasus.data.hashing import example_keys
 from t5pegasus.data.packing import load_packing, longest_text
 from t5pegasus.data.quarantine import BadExample, Quarantine
 from t5pegasus.data.records import Example
 from t5pegasus.data.row_layout import check_targets, lay_out
 from t5pegasus.data.shards import ExampleShards
-from t5pegasus.data.span_corruption import example_keys
 from t5pegasus.errors import ArtifactError, DataError
 
 _SHUFFLE_ROUNDS = 8

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from t5pegasus.data.hashing import GOLDEN, mix
 from t5pegasus.data.records import Sequences
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class SpanCorruption(NamedTuple):
@@ -73,7 +72,7 @@ class SpanCorruption(NamedTuple):
         full = np.flatnonzero(texts.lengths)
         lost, spans = self.count(texts.lengths[full])
         kept = texts.lengths[full] - lost
-        kept_spans = _divide(kept, spans, mix(keys[full] ^ _GOLDEN))
+        kept_spans = _divide(kept, spans, mix(keys[full] ^ np.uint64(GOLDEN)))
         lost_spans = _divide(lost, spans, mix(keys[full]))
         tokens = texts.tokens[texts.places()]
         is_lost = np.repeat(np.tile([False, True], len(kept_spans)), np.stack([kept_spans, lost_spans], 1).ravel())
@@ -83,20 +82,6 @@ class SpanCorruption(NamedTuple):
         return _spread(sources, full, len(texts.lengths)), _spread(targets, full, len(texts.lengths))
 
 
-def mix(values: np.ndarray) -> np.ndarray:
-    """A hash of uint64 values to uint64, one to one (the finaliser of SplitMix64, Steele et al. 2014)."""
-    values = np.asarray(values, np.uint64)
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
-def example_keys(seed: int, epochs: np.ndarray, indices: np.ndarray) -> np.ndarray:
-    """uint64 [n]: a key for each pair of an epoch and an example's number."""
-    of_seed = mix(np.array([seed], np.uint64) + _GOLDEN)
-    return mix(mix(of_seed + epochs.astype(np.uint64)) + indices.astype(np.uint64) * _GOLDEN)
-
-
 def _divide(totals: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Each total as a sum of `counts` positive numbers, evenly among all such sums; all sums behind each other.
 
@@ -104,7 +89,7 @@ def _divide(totals: np.ndarray, counts: np.ndarray, keys: np.ndarray) -> np.ndar
     """
     width = int(totals.max(initial=1))
     places = np.arange(1, width, dtype=np.uint64)
-    drawn = mix(keys[:, None] + places * _GOLDEN)
+    drawn = mix(keys[:, None] + places * np.uint64(GOLDEN))
     bits = np.uint64(width.bit_length())
     drawn = (drawn >> bits << bits) | places
     drawn[places >= totals[:, None].astype(np.uint64)] = np.iinfo(np.uint64).max
