@@ -29,6 +29,8 @@ from t5pegasus.storage.paths import is_remote
 logger = logging.getLogger(__name__)
 
 _WRITERS = "writers"
+_LEFT_HERE = ("wandb/",)
+"""Of other programs, which send it to where it belongs themselves."""
 _BROUGHT_BACK = ".jsonl"
 _EVERY_SECONDS = 30.0
 _LARGEST_SHARE = 0.05
@@ -52,7 +54,7 @@ class WorkingCopy:
         self._lost: Exception | None = None
 
     def push(self) -> None:
-        """Put what has changed into the store; for a local run nothing happens.
+        """Put what has changed into the store; for a local run, and by a process that has no number, nothing is put.
 
         Raises:
             UsageError: if another job has taken the run over.
@@ -62,12 +64,15 @@ class WorkingCopy:
             return
         with self._lock:
             self._require_ours()
-            for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
-                name, stat = file.relative_to(self.path).as_posix(), file.stat()
-                state = (stat.st_size, stat.st_mtime_ns)
-                if self._pushed.get(name) != state:
-                    write_bytes(self._run_path / name, file.read_bytes())
-                    self._pushed[name] = state
+            self._put_changed()
+
+    def _put_changed(self) -> None:
+        for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
+            name, stat = file.relative_to(self.path).as_posix(), file.stat()
+            state = (stat.st_size, stat.st_mtime_ns)
+            if self._pushed.get(name) != state and not name.startswith(_LEFT_HERE):
+                write_bytes(self._run_path / name, file.read_bytes())
+                self._pushed[name] = state
 
     def _require_ours(self) -> None:
         newer = self._run_path / _WRITERS / _writer_name((self._number or 0) + 1)
@@ -100,7 +105,7 @@ def working_copy(run_path: Path, *, writes: bool) -> Iterator[WorkingCopy]:
 
     Args:
         run_path: the run's folder.
-        writes: whether this process writes them; of a job's processes only the first does.
+        writes: whether this process writes metrics; what the others of a job write is put into the store at the end.
 
     Raises:
         OSError: if the store fails; also at the end, when the last changes are put there.
@@ -110,7 +115,9 @@ def working_copy(run_path: Path, *, writes: bool) -> Iterator[WorkingCopy]:
         return
     with _own_folder(run_path) as folder:
         if not writes:
-            yield WorkingCopy(run_path, folder, None)
+            copy = WorkingCopy(run_path, folder, None)
+            yield copy
+            copy._put_changed()  # traces of its devices, under names of their own
             return
         copy = WorkingCopy(run_path, folder, _claim(run_path))
         for entry in run_path.glob(f"*{_BROUGHT_BACK}"):

@@ -43,11 +43,12 @@ def test_only_what_changed_is_put(remote: Any, faults: Any):
     assert [name.rpartition("/")[2] for operation, name in faults.calls if operation == "pipe_file"] == ["b"]
 
 
-def test_processes_that_do_not_write_put_nothing(remote: Any):
+def test_other_processes_put_what_they_have_at_the_end_and_take_nothing_over(remote: Any):
     with working_copy(remote, writes=False) as copy:
-        (copy.path / "x").write_text("x")
+        (copy.path / "trace").write_text("x")
         copy.push()
-    assert list_files(remote) == {}
+        assert list_files(remote) == {}
+    assert list_files(remote) == {"trace": 1}
 
 
 def test_the_thread_puts_what_changed(remote: Any, monkeypatch: pytest.MonkeyPatch):
