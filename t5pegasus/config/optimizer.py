@@ -1,6 +1,7 @@
 """The optimizer and its learning-rate schedule."""
 
 import dataclasses
+import itertools
 from typing import Literal, get_args
 
 from t5pegasus.config.record import Record, is_positive_number, require
@@ -22,9 +23,13 @@ class OptimizerConfig(Record):
     """With adamw-scaled, and with Adafactor and --optimizer.scale-by-parameter, relative to the RMS of each matrix: T5
     was pretrained with 0.01 and less, and fine-tuned with 0.001; nanoT5 was trained with 0.02. Muon takes that of
     AdamW, Lion a third to a tenth of it with 3 to 10 times the decay."""
-    schedule: Literal["constant", "cosine", "wsd"] = "wsd"
+    schedule: Literal["constant", "cosine", "wsd", "piecewise"] = "wsd"
     """After the linear warm-up: constant; cosine to `final_learning_rate_fraction`; or warm-up, stable,
-    then linear decay over the last `decay_steps` (wsd)."""
+    then linear decay over the last `decay_steps` (wsd). Or piecewise, linear between the `schedule_points`, which
+    have a warm-up of their own."""
+    schedule_points: tuple[str, ...] = ()
+    """UPDATE=FACTOR, with piecewise: what multiplies the learning rate at an update, counted from 1 ('1000=1'
+    '50000=0.1'). It rises from 0 to the first point, and is constant behind the last."""
     warmup_steps: int = 1000
     decay_steps: int = 0
     final_learning_rate_fraction: float = 0.1
@@ -57,6 +62,14 @@ class OptimizerConfig(Record):
     weight_decay: float = 0.01
     """Decoupled, multiplied by the learning rate; gains are exempt."""
     max_grad_norm: float = 1.0
+    accumulate_in_moments: bool = False
+    """With --train.accumulation-steps: add micro-batches up in the moments instead of in gradients, which saves the
+    memory of one gradient of the whole model; for adamw, adamw-scaled and sgd with beta1. Each micro-batch's
+    gradient is clipped by itself, and AdamW's second moment is the mean of their squares (docs/optimizers.md)."""
+    gradient_transforms: tuple[str, ...] = ()
+    """PATTERN=scale:X, PATTERN=clip:X or PATTERN=l1:X, done one after the other before all gradients are clipped
+    together: multiply those of a group by X, clip their norm to X, or add X·sign(parameter). Patterns are those of
+    `rate_factors` ('vocab=clip:0.3', 'decoder.layers[-2:]=scale:0.5')."""
     layer_decay: float = 1.0
     """Each layer's learning rate is this times that of the layer above it, down to the token embedding."""
     rate_factors: tuple[str, ...] = ()
@@ -70,6 +83,45 @@ class OptimizerConfig(Record):
     def momentum(self) -> float:
         """`beta1` as it is in force."""
         return {"adafactor": 0.0, "lion": 0.95}.get(self.name, 0.9) if self.beta1 is None else self.beta1
+
+    def split_schedule_points(self) -> list[tuple[int, float]]:
+        """(update, factor) of each point, beginning with (0, 0) unless the first is of update 0.
+
+        Raises:
+            UsageError: if one of them is not UPDATE=FACTOR, or they are not in order.
+        """
+        points = []
+        for each in self.schedule_points:
+            update, _, factor = each.partition("=")
+            require(
+                update.isdecimal() and (is_positive_number(factor) or factor == "0"),
+                f"optimizer.schedule_points={each!r} is not UPDATE=FACTOR, e.g. 1000=1",
+            )
+            points.append((int(update), float(factor)))
+        updates = [update for update, _ in points]
+        require(
+            all(before < after for before, after in itertools.pairwise(updates)),
+            f"optimizer.schedule_points has updates {', '.join(map(str, updates))}; give them in rising order",
+        )
+        return points if updates[:1] == [0] else [(0, 0.0), *points]
+
+    def split_gradient_transforms(self) -> list[tuple[str, str, float]]:
+        """(pattern, kind, number) of each transform.
+
+        Raises:
+            UsageError: if one of them is not PATTERN=KIND:NUMBER.
+        """
+        transforms = []
+        for each in self.gradient_transforms:
+            pattern, _, what = each.rpartition("=")
+            kind, _, number = what.partition(":")
+            require(
+                bool(pattern) and kind in ("scale", "clip", "l1") and is_positive_number(number),
+                f"optimizer.gradient_transforms={each!r} is not PATTERN=scale:X, PATTERN=clip:X or PATTERN=l1:X with a "
+                "positive number; write 'vocab=clip:0.3', and freeze what is not to be trained",
+            )
+            transforms.append((pattern, kind, float(number)))
+        return transforms
 
     def __post_init__(self) -> None:
         require(self.name in NAMES, f"optimizer.name={self.name!r} must be one of {', '.join(NAMES)}")
@@ -90,6 +142,18 @@ class OptimizerConfig(Record):
         require(
             self.min_dim_size_to_factor >= 1,
             f"optimizer.min_dim_size_to_factor={self.min_dim_size_to_factor} must be at least 1",
+        )
+        require(
+            (self.schedule == "piecewise") == bool(self.schedule_points),
+            f"optimizer.schedule={self.schedule} with schedule_points={list(self.schedule_points)}: points belong to "
+            "piecewise, and it needs some; give both or neither",
+        )
+        self.split_schedule_points()
+        self.split_gradient_transforms()
+        require(
+            not self.accumulate_in_moments or (self.name in ("adamw", "adamw-scaled", "sgd") and self.momentum > 0),
+            f"optimizer.accumulate_in_moments with name={self.name}, beta1={self.momentum}: only adamw, adamw-scaled "
+            "and sgd with beta1 above 0 find their update from moments alone; choose one of them, or leave it out",
         )
         require(0 < self.layer_decay <= 1, f"optimizer.layer_decay={self.layer_decay} must lie in (0, 1]")
         for each in self.rate_factors:

@@ -219,7 +219,9 @@ EXACT.remove(("muon", "padded"))  # which the linter refuses
 @pytest.mark.parametrize(("name", "how"), EXACT)
 def test_25_updates_after_exact_growth_are_the_sources(name, how):
     choices = {"even": {"dynamics": "exact"}, "uneven": uneven(), "padded": {"dynamics": "exact", "axes": {"*": "pad"}}}
-    check_dynamics(OPTIMIZERS[name], (DOUBLED, choices[how]), apart=0.3 if how == "even" else 0.1)
+    # Even copies have the root mean square of what they copy, up to a factor that the scale takes care of by itself.
+    apart = 0.05 if name == "adamw-scaled" else 0.3 if how == "even" else 0.1
+    check_dynamics(OPTIMIZERS[name], (DOUBLED, choices[how]), apart=apart)
 
 
 @functools.cache

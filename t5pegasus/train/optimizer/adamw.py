@@ -37,14 +37,27 @@ def adamw_direction(
         moments: `first_moment` (none without beta1) and `second_moment`.
         count: of this update, from 1, for the bias correction.
     """
-    _, r = leaf_multipliers(spec, multipliers)
     updated = {"second_moment": config.beta2 * moments["second_moment"] + (1 - config.beta2) * jnp.square(gradient)}
-    mean = gradient
     if config.momentum > 0:
-        m = config.momentum * moments["first_moment"] + (1 - config.momentum) * gradient
-        updated["first_moment"], mean = m, m / (1 - config.momentum**count)
-    corrected = updated["second_moment"] / (1 - config.beta2**count)
-    return mean / (jnp.sqrt(corrected) + r * config.epsilon), updated
+        updated["first_moment"] = config.momentum * moments["first_moment"] + (1 - config.momentum) * gradient
+    known = updated if config.momentum > 0 else {**updated, "first_moment": gradient}
+    return adamw_of_moments(config, spec, multipliers, known, count), updated
+
+
+def adamw_of_moments(
+    config: OptimizerConfig,
+    spec: ParamSpec,
+    multipliers: Multipliers,
+    moments: Mapping[str, jax.Array],
+    count: jax.Array,
+) -> jax.Array:
+    """The direction from the moments of an update: `first_moment` and `second_moment`, both in being."""
+    _, r = leaf_multipliers(spec, multipliers)
+    mean = moments["first_moment"]
+    if config.momentum > 0:
+        mean = mean / (1 - config.momentum**count)
+    corrected = moments["second_moment"] / (1 - config.beta2**count)
+    return mean / (jnp.sqrt(corrected) + r * config.epsilon)
 
 
 def scaled_adamw_direction(

@@ -17,6 +17,7 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
 
     `total_steps` ends the cosine and places the decay of `wsd` (Hu et al. 2024) over its last `decay_steps`. With
     `schedule_shift` all of it is evaluated that many updates further on, or back, but not before its beginning.
+    `piecewise` has no warm-up but that of its points.
     """
     peak, floor = config.learning_rate, config.learning_rate * config.final_learning_rate_fraction
     remaining = max(1, total_steps - config.warmup_steps)
@@ -30,11 +31,25 @@ def make_schedule(config: OptimizerConfig, total_steps: int) -> Callable[[jax.Ar
             parts = [optax.constant_schedule(peak), optax.linear_schedule(peak, floor, max(1, decay))]
             body = optax.join_schedules(parts, [remaining - decay]) if decay else parts[0]
 
+        case "piecewise":
+            return _make_piecewise(config)
+
     def schedule(step: jax.Array) -> jax.Array:
         if config.schedule_shift:
             step = jnp.maximum(0, step + config.schedule_shift)
         warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
         return warm * body(jnp.maximum(0, step + 1 - config.warmup_steps))
+
+    return schedule
+
+
+def _make_piecewise(config: OptimizerConfig) -> Callable[[jax.Array], jax.Array]:
+    """Linear between `schedule_points`, which count updates from 1 and have a warm-up of their own."""
+    updates, factors = zip(*config.split_schedule_points())
+
+    def schedule(step: jax.Array) -> jax.Array:
+        step = jnp.maximum(0, step + config.schedule_shift)
+        return config.learning_rate * jnp.interp(step + 1, jnp.array(updates, float), jnp.array(factors))
 
     return schedule
 
