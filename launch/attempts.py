@@ -24,6 +24,7 @@ checkpoint. A process that was killed has no `ended`. Beside the records, proces
 of a stuck process were doing. RUN/attempts/joining/ has records of processes that wait for the others to come.
 """
 
+import errno
 import json
 import os
 from collections.abc import Mapping
@@ -106,8 +107,8 @@ class RecordFile:
         content = _encode(record)
         if self._file is None:
             write_bytes(self.path, content)
-        else:
-            os.pwrite(self._file, content, 0)
+        elif os.pwrite(self._file, content, 0) < len(content):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
         """Let go of the file."""
@@ -139,16 +140,13 @@ def _shortened(value: Any, limit: int) -> Any:
 
 
 def find_cause(records: Mapping[int, Record]) -> tuple[int, Record] | None:
-    """The process whose end was the reason of all others', and what it says of it.
+    """The process whose end was the reason of all others', and what is said of it.
 
-    It is the earliest failure that is not a consequence of another process's end; None where no process says so.
+    It is the earliest failure that is not a consequence of another process's end; where no process says that of
+    itself, as after kill -9, it is the one that the first of the others blames. None where nobody says anything.
     """
-    own = [
-        (record["ended"]["time"], process)
-        for process, record in records.items()
-        if record["ended"] and record["ended"]["code"] != 0 and record["ended"]["how"] != "consequence"
-    ]
-    if not own:
+    failed = [record for record in records.values() if record["ended"] and record["ended"]["code"] != 0]
+    if not failed:
         return None
-    process = min(own)[1]
-    return process, records[process]["ended"]
+    first = min(failed, key=lambda record: (record["ended"]["how"] == "consequence", record["ended"]["time"]))
+    return first["ended"]["blamed"], first["ended"]

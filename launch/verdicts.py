@@ -79,7 +79,7 @@ def _follow(peer: Peer, limits: WatchConfig) -> Verdict | None:
             return None
         message = f"{who} stopped {peer.ended_seconds:.0f} s ago and this process did not"
         return Verdict(TERMINATED, "killed", message, peer.record["process"])
-    if ended["how"] == "consequence":
+    if ended["how"] in ("consequence", "stuck"):
         return Verdict(ended["code"], "consequence", ended["message"], ended["blamed"])
     if ended["code"] == PREEMPTED:
         message = f"{who} was terminated before its first new step; the same command goes on"
@@ -102,7 +102,9 @@ def _judge_own(own: Record, peers: Mapping[int, Peer], limits: WatchConfig) -> V
     return Verdict(ABORTED, "consequence", message, stuck["process"], has_stacks=True)
 
 
-_ORDER = ("join", "start", "device", "evaluate", "save", "event", "data", "step", "end")
+_ORDER = (
+    "join", "start", "restore", "compile", "device", "evaluate", "sample", "save", "event", "data", "step", "end",
+)  # fmt: skip
 """Of activities at the same number of updates sent: how far a process has come."""
 
 
@@ -121,19 +123,24 @@ def _flag(activity: str) -> str:
     match activity:
         case "data" | "step" | "device":
             return "step-seconds"
-        case "end":
+        case "restore" | "compile" | "end":
             return "start-seconds"
+        case "sample":
+            return "evaluate-seconds"
         case _:
             return f"{activity}-seconds"
 
 
 _WORDS = {
     "join": "joining the other processes",
-    "start": "restoring or compiling",
+    "start": "starting",
+    "restore": "restoring a checkpoint",
+    "compile": "compiling",
     "data": "waiting for a batch",
     "step": "sending an update to the device",
     "device": "waiting for the device",
     "evaluate": "evaluating",
+    "sample": "writing samples",
     "save": "saving a checkpoint",
     "event": "changing the model",
     "end": "ending the run",

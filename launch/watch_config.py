@@ -45,8 +45,10 @@ class WatchConfig:
                 return self.step_seconds
             case "device":
                 return self.step_seconds and self.step_seconds + 5
-            case "start" | "end":
+            case "start" | "restore" | "compile" | "end":
                 return self.start_seconds
+            case "sample":
+                return self.evaluate_seconds
             case "join":
                 return self.join_seconds
             case _:

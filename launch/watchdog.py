@@ -89,7 +89,7 @@ class Watchdog(threading.Thread):
                 return
             if self.limits.heartbeat_seconds:  # it needs no lock of the interpreter, which a library may hold for ever
                 with contextlib.suppress(OSError, ValueError, io.UnsupportedOperation):  # no real stderr
-                    faulthandler.dump_traceback_later(self.limits.heartbeat_seconds + 2 * self.interval)
+                    faulthandler.dump_traceback_later(self.limits.heartbeat_seconds / 2 + self.interval)
             if self._stopped.wait(self.interval):
                 faulthandler.cancel_dump_traceback_later()
                 return

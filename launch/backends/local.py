@@ -177,7 +177,8 @@ def _blame(endings: Sequence[Ending], num_processes: int, records: Mapping[int, 
     first = next((ending for ending in failures if ending.code != ABORTED), failures[0])
     cause, why = find_cause(records), ""
     if cause is not None:
-        first = Ending(cause[0], cause[1]["code"])
+        killed = [ending.code for ending in endings if ending.process_id == cause[0] and ending.by_signal]
+        first = Ending(cause[0], killed[0] if killed and cause[1]["how"] == "consequence" else cause[1]["code"])
         why = f": {cause[1]['message']}" if cause[1]["message"] else ""
     if num_processes > 1:
         print(f"process {first.process_id} of {num_processes} ended with exit code {first.code}{why}", file=sys.stderr)
