@@ -50,6 +50,7 @@ VERBS = {
     "tokenizer": Verb("train a tokenizer on documents; encode and decode text with it"),
     "build": Verb("clean and deduplicate documents and turn them into training examples"),
     "pseudo-summary": Verb("show the sentences that become the target of each document"),
+    "plan": Verb("memory, collectives and predicted speed of a run on hardware that is not here"),
     "pretrain": Verb("train a model on the examples, or continue a run that was stopped", parallel=True, saves=True),
     "grow": Verb("turn a checkpoint into a larger one that computes the same", parallel=True),
     "finetune": Verb("train a checkpoint on pairs of text and summary", parallel=True, saves=True),

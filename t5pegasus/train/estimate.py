@@ -16,6 +16,7 @@ from t5pegasus.model.flops import training_flops_per_row
 from t5pegasus.model.t5 import count_parameters, declare_parameters
 from t5pegasus.progress import format_count, format_seconds
 from t5pegasus.sharding import batch_shardings
+from t5pegasus.train.divergence import spike_window
 from t5pegasus.train.groups import count_trained, learning_rate_factors
 from t5pegasus.train.metrics import peak_flops
 from t5pegasus.train.on_mesh import OnMesh
@@ -54,7 +55,7 @@ def prepare_step(
     specs = declare_parameters(config.model)
     shown = logging.INFO if jax.process_index() == 0 else logging.DEBUG
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
-    state_bytes = sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
+    state_bytes = sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
     device = jax.local_devices()[0]
     device_bytes = _read_device_bytes(device)
     train, data = config.train, config.data
@@ -69,7 +70,7 @@ def prepare_step(
     )  # fmt: skip
     _warn_if_over(device_bytes, state_bytes, "the training state takes", _STATE_WAY_OUT)
     compiled = train_step.compile(state, batch)
-    memory = MemoryEstimate(state_bytes, _planned_bytes(compiled), device_bytes)
+    memory = MemoryEstimate(state_bytes, planned_bytes(compiled), device_bytes)
     logger.log(
         shown, "memory per device: %s of state%s%s",
         _format_bytes(state_bytes),
@@ -93,15 +94,16 @@ def prepare_step(
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a run's state."""
-    specs, with_ema = declare_parameters(config.model), config.train.ema_decay > 0
+    specs = declare_parameters(config.model)
+    kept: dict[str, Any] = {"with_ema": config.train.ema_decay > 0, "window": spike_window(config.train)}
     parameters = {name: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for name, spec in specs.items()}
-    shapes = jax.eval_shape(lambda values: start_state(values, specs, config.optimizer, with_ema=with_ema), parameters)
-    return jax.tree.map(_placed, shapes, state_shardings(specs, mesh, config.optimizer, with_ema=with_ema))
+    shapes = jax.eval_shape(lambda values: start_state(values, specs, config.optimizer, **kept), parameters)
+    return jax.tree.map(_placed, shapes, state_shardings(specs, mesh, config.optimizer, **kept))
 
 
 def check_state_fits(state: TrainState, subject: str) -> None:
     """Warn if an abstract state needs more memory than a device has; `subject` begins the sentence."""
-    state_bytes = sum(_bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
+    state_bytes = sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
     _warn_if_over(_read_device_bytes(jax.local_devices()[0]), state_bytes, subject, _STATE_WAY_OUT)
 
 
@@ -134,12 +136,14 @@ def _read_device_bytes(device: Any) -> int | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+def bytes_per_device(leaf: jax.ShapeDtypeStruct) -> int:
+    """What one device holds of an abstract array with a sharding."""
     shape = leaf.sharding.shard_shape(leaf.shape)  # pyright: ignore[reportOptionalMemberAccess]
     return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
 
-def _planned_bytes(compiled: Any) -> int | None:
+def planned_bytes(compiled: Any) -> int | None:
+    """What a compiled step needs on a device, as XLA planned it; None where it does not say."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None

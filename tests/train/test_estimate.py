@@ -65,4 +65,4 @@ def test_what_does_not_fit_is_said_before_the_update_is_compiled(monkeypatch, ca
     assert "the training state takes 9.84 GB, a device has 2.00 GB: split it: --mesh.fsdp" in caplog.text
     split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
     leaves = jax.tree.leaves(abstract_state(split, make_mesh(split.mesh)))
-    assert sum(map(estimate._bytes_per_device, leaves)) < 1.3e9
+    assert sum(map(estimate.bytes_per_device, leaves)) < 1.3e9

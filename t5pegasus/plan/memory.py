@@ -1,0 +1,99 @@
+"""Memory of a step per device: the state exactly, from shapes and shardings; activations as compiled, or estimated.
+
+The estimate is for hardware that nothing can be compiled for here, and for sorting candidates before they are compiled.
+It counts what the backward pass keeps of each layer under a remat policy, the logits that are there at once, the
+gradients, and the weights gathered for one layer.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from t5pegasus.config import RunConfig
+from t5pegasus.model.t5 import declare_parameters
+from t5pegasus.sharding import param_shardings
+from t5pegasus.train.estimate import abstract_batch, abstract_state, bytes_per_device
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one device."""
+
+    parameters: int
+    optimizer: int
+    average: int
+    """The moving average of the parameters."""
+    batch: int
+    temporaries: int
+    """Activations, gradients, gathered weights, code."""
+    limit: int | None
+    """What the device has, or what its compiler may use of that."""
+    is_estimate: bool
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.optimizer + self.average + self.batch + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device has so much."""
+        return self.limit is None or self.total <= self.limit
+
+
+def state_memory(config: RunConfig, mesh: Mesh) -> dict[str, int]:
+    """Bytes per device of `parameters`, `optimizer` (with growth's record), `average` and `batch`: exact."""
+    state = abstract_state(config, mesh)
+
+    def total(tree: Any) -> int:
+        return sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(tree))
+
+    parameters, average = total(state.parameters), total(state.ema)
+    return {
+        "parameters": parameters,
+        "optimizer": total(state) - parameters - average,
+        "average": average,
+        "batch": total(abstract_batch(config, mesh)),
+    }
+
+
+def estimate_temporaries(config: RunConfig, mesh: Mesh) -> int:
+    """Bytes per device of activations, gradients and gathered weights, without compiling anything."""
+    model, data, train = config.model, config.data, config.train
+    tensor = mesh.shape["tensor"]
+    rows = train.batch_size / train.accumulation_steps / (mesh.shape["data"] * mesh.shape["fsdp"])
+    wide = 4 if train.compute_dtype == "float32" else 2
+    s, t = data.max_source_tokens, data.max_target_tokens
+    d, heads, inner = model.d_model, model.num_heads / tensor, model.num_heads * model.d_kv / tensor
+    hidden = model.d_ff / tensor
+    drops = model.dropout_rate > 0
+    stream = d * (wide + 4 / (tensor if train.split_length else 1))
+    # Of one layer: what products with weights give (kept by `dots`), and what else the backward pass reads.
+    products = wide * (4 * inner + 3 * hidden + 2 * d)
+    rest = stream * 2 + wide * 2 * hidden + (drops * (hidden + 2 * d))
+    scores = heads * (wide + 4 + drops)
+
+    def layer(length: int, pairs: float, blocks: float) -> float:
+        kept = {
+            "none": length * (blocks * (products + rest)) + pairs * scores,
+            "dots": length * (blocks * products + stream),
+            "full": length * stream,
+            "offload": 0.0,
+        }
+        return kept[train.remat]
+
+    encoder, decoder = layer(s, s * s, 1.0), layer(t, t * t + s * t, 1.5)
+    decoder += {"none": s * wide * 2 * inner, "dots": s * wide * 2 * inner}.get(train.remat, 0.0)
+    recomputed = 0.0 if train.remat == "none" else s * (products + rest) + s * s * scores
+    kept = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
+    chunk = model.vocab_size / tensor if train.vocab_chunk == 0 else min(train.vocab_chunk, model.vocab_size / tensor)
+    logits = t * chunk * (4 + wide)
+    specs = declare_parameters(model)
+    gathered = sum(math.prod(spec.shape[1:]) for spec in specs.values() if "layers" in spec.axes[0]) / tensor * wide * 2
+    head = chunk * d * (wide + 4)
+    shards = param_shardings(specs, mesh)
+    gradients = 4 * sum(math.prod(shards[name].shard_shape(spec.shape)) for name, spec in specs.items())
+    return int(rows * (kept + recomputed + logits) + gathered + head + gradients)
