@@ -147,7 +147,7 @@ def plan_leaves(
             leaves |= _grow_factors(name, array.read(), growth)
         elif array_name in ("step", "rows"):
             leaves[array_name] = KnownArray(array.read())
-        elif group != "multipliers":
+        elif group not in ("multipliers", "recent"):  # what spikes are known by begins anew
             raise ArtifactError(
                 f"the checkpoint has an array {array_name}, which growth does not know; grow it with the version that "
                 "wrote it"

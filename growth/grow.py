@@ -166,7 +166,7 @@ def _grow(
         return learn_arrays(checkpoint_path, info, growth, examples_path, folder)
 
     config = growth.change_config(info.config, info.step)
-    grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry), flops=flops)
+    grown_info = dataclasses.replace(info, config=config, lineage=(*info.lineage, entry), flops=flops, course={})
     tokenizer_path = checkpoint_path / "tokenizer"
     if extended is not None:
         tokenizer_path = extended.tokenizer_path

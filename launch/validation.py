@@ -1,4 +1,4 @@
-"""Scores of the summaries that a model writes for held-out pairs while it is being trained."""
+"""Summaries that a model writes for held-out text while it is being trained: their scores, and a few to read."""
 
 import difflib
 import itertools
@@ -11,9 +11,12 @@ from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError
 
 if TYPE_CHECKING:
-    from t5pegasus.train.evaluation import Scorer
+    from t5pegasus.train.agreement import Check
+    from t5pegasus.train.evaluation import Sampler, Scorer
 
 _BATCH_SIZE = 32
+_SHOWN_SCORES = ("rouge-1", "rouge-2", "rouge-l")
+"""Beside a sample; ROUGE-1 is F1 of characters."""
 
 
 def make_scorer(config: RunConfig, tokenizer_path: Path, pairs_path: Path | None) -> "Scorer | None":
@@ -62,7 +65,7 @@ def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path
     sources, references = [pair.source for pair in pairs], [pair.reference for pair in pairs]
     tokenizer = load_tokenizer(tokenizer_path)
 
-    def score(parameters: Mapping[str, Any]) -> dict[str, float]:
+    def score(parameters: Mapping[str, Any], check: "Check") -> dict[str, float]:
         summarizer = Summarizer(
             model=config.model,
             parameters=parameters,
@@ -72,6 +75,56 @@ def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path
             compute_dtype=str(resolve_compute_dtype(config)),
             batch_size=_BATCH_SIZE,
         )
-        return score_pairs(references, [summary.text for summary in summarizer.summarize(sources)])
+        written = summarizer.summarize(sources, before_batch=check)
+        return score_pairs(references, [summary.text for summary in written])
 
     return Scorer(tuple(DEFINITIONS), score)
+
+
+def make_sampler(config: RunConfig, examples_path: Path, heldout_path: Path | None) -> "Sampler | None":
+    """What `config.train.sample_every_steps` asks for: greedy summaries of the first held-out examples; or None.
+
+    They are read as they are trained on, tokens that the tokenizer makes text of again.
+
+    Args:
+        config: of the run.
+        examples_path: what is trained on; its `heldout` is taken where no other is given.
+        heldout_path: held-out examples.
+    """
+    heldout_path = heldout_path or examples_path / "heldout"
+    if not config.train.sample_every_steps or not heldout_path.exists():
+        return None  # what is missing `train_run` says
+    from t5pegasus.data.shards import ExampleShards
+    from t5pegasus.evaluate.scores import PAIR_SCORES, score_pair
+    from t5pegasus.generate.options import GenerationOptions
+    from t5pegasus.generate.summarize import Summarizer
+    from t5pegasus.text.tokenizer import load_tokenizer
+    from t5pegasus.train.compute_dtype import resolve_compute_dtype
+
+    tokenizer = load_tokenizer(examples_path / "tokenizer")
+    with ExampleShards(heldout_path) as shards:
+        examples = shards.read(range(min(config.train.num_samples, len(shards))))
+    sources, references = (
+        [tokenizer.decode(tokens.tolist()) for tokens in texts]
+        for texts in ([example.source for example in examples], [example.target for example in examples])
+    )
+
+    def sample(config: RunConfig, parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+        summarizer = Summarizer(
+            model=config.model,
+            parameters=parameters,
+            tokenizer=tokenizer,
+            options=GenerationOptions(config.data.max_target_tokens),
+            max_source_tokens=config.data.max_source_tokens,
+            compute_dtype=str(resolve_compute_dtype(config)),
+            batch_size=_BATCH_SIZE,
+        )
+        written = [summary.text for summary in summarizer.summarize(sources)]
+        samples = []
+        for source, reference, summary in zip(sources, references, written):
+            scores = dict(zip(PAIR_SCORES, score_pair(reference, summary)))
+            shown = {name: 100 * scores[name] for name in _SHOWN_SCORES}
+            samples.append({"source": source, "reference": reference, "summary": summary, "scores": shown})
+        return samples
+
+    return sample

@@ -29,6 +29,7 @@ from t5pegasus.evaluate.heldout import measure_heldout_loss
 from t5pegasus.json_files import SCHEMA, read_json, write_json
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.read import Document, describe_dropped
+from t5pegasus.train.agreement import no_check
 from t5pegasus.train.run import RunPaths, train_run
 
 logger = logging.getLogger(__name__)
@@ -96,7 +97,7 @@ def run_few_shot(plan: FewShotPlan, config: RunConfig) -> list[dict[str, Any]]:
         with ExampleShards(heldout_examples) as shards:
             examples = shards.read(np.arange(len(shards)))
         losses = measure_heldout_loss(config, parameters, examples, config.train.batch_size)
-        return {LOSS: losses["loss"], **scorer.score(parameters)}
+        return {LOSS: losses["loss"], **scorer.score(parameters, no_check)}
 
     def train(size: int, seed: int, folder: Path) -> dict[str, float]:
         pairs_path = _write_pairs(folder / "train.jsonl", subsets[seed][:size])
@@ -109,7 +110,7 @@ def run_few_shot(plan: FewShotPlan, config: RunConfig) -> list[dict[str, Any]]:
         best = train_run(own, paths, keep_state=False, scorer=make_scorer(own, plan.checkpoint / "tokenizer", heldout))
         info = load_checkpoint_info(best)
         loss = next(entry["loss"] for entry in reversed(info.history) if entry["step"] == info.step)
-        return {LOSS: loss, **scorer.score(load_parameters(best))}
+        return {LOSS: loss, **scorer.score(load_parameters(best), no_check)}
 
     request = {
         "checkpoint": verify_checkpoint(plan.checkpoint)["fingerprint"],

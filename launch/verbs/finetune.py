@@ -11,7 +11,7 @@ import tyro
 
 from launch.attempt import Attempt
 from launch.command_line import StoragePath, parse_command_line
-from launch.validation import make_scorer
+from launch.validation import make_sampler, make_scorer
 from launch.verbs.pretrain import attempt_facts, report_result
 from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
@@ -108,7 +108,8 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
     attempt.begin(attempt_facts(config, paths))
-    checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, control=attempt.control)
+    sampler = make_sampler(config, examples_path, heldout_path)
+    checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, sampler=sampler, control=attempt.control)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]
     report_result(checkpoint, args.run_path, shlex.join(["t5pegasus", "evaluate", str(args.run_path), *pairs]))
 

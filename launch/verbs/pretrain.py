@@ -11,6 +11,7 @@ import tyro
 
 from launch.attempt import Attempt
 from launch.command_line import StoragePath, parse_command_line
+from launch.validation import make_sampler
 from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
@@ -109,7 +110,10 @@ def _pretrain(argv: list[str], attempt: Attempt) -> None:
     events = plan_events(config, choose_stages(args.growth, args.run_path))
     facts = attempt_facts(config, paths) | {"growth": " ".join(event.plan_hash for event in events)}
     attempt.begin(facts)
-    checkpoint = train_run(config, paths, reset_rows=args.reset_rows, events=events, control=attempt.control)
+    sampler = make_sampler(config, args.examples_path, args.heldout_path)
+    checkpoint = train_run(
+        config, paths, reset_rows=args.reset_rows, sampler=sampler, events=events, control=attempt.control
+    )
     wider = f"d_model={load_checkpoint_info(checkpoint).config.model.d_model * 3 // 2}"
     grow = ["grow", args.run_path, "--to", wider, "--examples-path", args.examples_path]
     report_result(checkpoint, args.run_path, shlex.join(map(str, ["t5pegasus", *grow])))

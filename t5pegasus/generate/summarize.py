@@ -1,7 +1,7 @@
 """Summaries of texts: clean, tokenise, group by length into few shapes, search, answer in the order of the texts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,11 +67,15 @@ class Summarizer:
     def _prefix_ids(self) -> list[int]:
         return self.tokenizer.encode(self.prefix) if self.prefix else []
 
-    def summarize(self, texts: Sequence[str], first_index: int = 0) -> list[Summary]:
+    def summarize(
+        self, texts: Sequence[str], first_index: int = 0, before_batch: Callable[[], None] = lambda: None
+    ) -> list[Summary]:
         """One summary per text, in the order of the texts: the best of `summarize_n_best`."""
-        return [summaries[0] for summaries in self.summarize_n_best(texts, first_index)]
+        return [summaries[0] for summaries in self.summarize_n_best(texts, first_index, before_batch)]
 
-    def summarize_n_best(self, texts: Sequence[str], first_index: int = 0) -> list[list[Summary]]:
+    def summarize_n_best(
+        self, texts: Sequence[str], first_index: int = 0, before_batch: Callable[[], None] = lambda: None
+    ) -> list[list[Summary]]:
         """For every text, in their order, its summaries, best first: at least one, at most `options.num_return`.
 
         They are fewer where the search found fewer, or where two of them read the same (the better one is kept).
@@ -82,6 +86,7 @@ class Summarizer:
         Args:
             texts: cleaned here as documents are before training.
             first_index: of the first text, for those who call in portions: sampling draws by seed and index.
+            before_batch: called in front of each batch; what it raises ends the call.
 
         Raises:
             UsageError: if the options forbid every output of a text (a short vocabulary without repetitions).
@@ -95,6 +100,7 @@ class Summarizer:
         summaries = [[Summary("", 0.0, 0)] for _ in texts]
         by_length = sorted(sources, key=lambda index: len(sources[index]))
         for start in range(0, len(by_length), self.batch_size):
+            before_batch()
             indices = by_length[start : start + self.batch_size]
             written = self._write([sources[index] for index in indices], np.array(indices) + first_index)
             for index, candidates in zip(indices, written):

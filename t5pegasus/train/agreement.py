@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from t5pegasus.train.control import Request
+from t5pegasus.train.control import Control, Request
 
 
 class Agreement:
@@ -42,3 +42,28 @@ class Agreement:
         for flag, bit in zip(Request, np.asarray(asked.addressable_data(0))):
             union |= flag if bit else Request(0)
         return union
+
+
+class StopAgreedError(Exception):
+    """All processes know at this place that the run is to stop."""
+
+
+Check = Callable[[], None]
+"""Called between two portions of longer work, by all processes alike; raises StopAgreedError if the run is to stop."""
+
+
+def make_check(agreement: Agreement, control: Control) -> Check:
+    """A check for one piece of work; like the loop's it learns of a request one call late."""
+    known = agreement.ask(control.requests)
+
+    def check() -> None:
+        nonlocal known
+        asked, known = known, agreement.ask(control.requests)
+        if Request.STOP in agreement.read(asked):
+            raise StopAgreedError
+
+    return check
+
+
+def no_check() -> None:
+    """The check of work that is not to be stopped."""

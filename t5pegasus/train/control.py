@@ -66,8 +66,9 @@ class Control:
         """Say what the run does inside: each activity has a time limit of its own (`launch.watchdog`).
 
         Args:
-            name: `start` (restore, compile), `data` (wait for the next batch), `step` (send an update to the device),
-                `device` (wait for its numbers), `evaluate`, `save`, `event` (change the model), `end`.
+            name: `start` (what nothing else names), `restore`, `compile`, `data` (wait for the next batch), `step`
+                (send an update to the device), `device` (wait for its numbers), `evaluate`, `sample`, `save`, `event`
+                (change the model), `end`.
             step: updates sent to the device, if that has changed.
         """
         before = self.activity
@@ -82,6 +83,11 @@ class Control:
             raise
         finally:
             self._turn_to(before.name, self.activity.step)
+
+    def spent(self) -> dict[str, float]:
+        """`seconds`, with those of the activity that goes on."""
+        now, current = time.monotonic(), self.activity
+        return self.seconds | {current.name: self.seconds.get(current.name, 0.0) + now - current.began}
 
     def _turn_to(self, name: str, step: int) -> None:
         before, now = self.activity, time.monotonic()

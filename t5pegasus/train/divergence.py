@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from t5pegasus.config import TrainConfig
-from t5pegasus.errors import DivergedError
 
 WATCHED = ("loss", "grad_norm")
 """What of an update is held against those before it."""
@@ -36,13 +35,13 @@ class Why(enum.IntFlag):
         return ", ".join(text for why, text in words.items() if why in self)
 
 
-class BadUpdateError(DivergedError):
-    """An update that the run must not go on from; carries what a rollback needs."""
+class RollbackNeededError(Exception):
+    """An update was bad, and the run is to go back to its last checkpoint and on behind the update's rows."""
 
-    def __init__(self, message: str, record: dict[str, Any]):
-        super().__init__(message)
+    def __init__(self, record: dict[str, Any]):
+        super().__init__(record["why"])
         self.record = record
-        """at_step, rows (first and behind the last), why, loss, grad_norm and the limits: as the ledger keeps it."""
+        """at_step, rows (the first and that behind the last), why, loss, grad_norm and limits, as the ledger has it."""
 
 
 def spike_window(config: TrainConfig) -> int:

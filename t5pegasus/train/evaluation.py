@@ -1,7 +1,7 @@
 """What a run evaluates while it trains: held-out loss by teacher forcing, and scores it is given a function for."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -9,14 +9,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import PackedRows, load_epoch
 from t5pegasus.errors import UsageError
+from t5pegasus.train.agreement import Check
 from t5pegasus.train.heldout_loss import make_heldout_loss
 from t5pegasus.train.state import TrainState, evaluated_parameters
 
-Evaluate = Callable[[TrainState], dict[str, float]]
-"""State → scores of the weights that users will take."""
+Evaluate = Callable[[TrainState, Check], dict[str, float]]
+"""State → scores of the weights that users will take; the check is called between batches, and may raise."""
+Sampler = Callable[[RunConfig, Mapping[str, Any]], list[dict[str, Any]]]
+"""Config, parameters by dotted name, whole on this process's first device → summaries of a few held-out sources, each
+{source, reference, summary, scores}."""
 
 LOSSES = ("loss", "accuracy")
 """What is known without writing summaries."""
@@ -26,8 +31,9 @@ class Scorer(NamedTuple):
     """Further scores of parameters, such as ROUGE of the summaries they write."""
 
     names: tuple[str, ...]
-    score: Callable[[Mapping[str, Any]], dict[str, float]]
-    """Parameters by dotted name, whole on this process's first device → each of `names`."""
+    score: Callable[[Mapping[str, Any], Check], dict[str, float]]
+    """Parameters by dotted name, whole on this process's first device → each of `names`; the check is called between
+    batches."""
 
 
 def make_evaluate(
@@ -40,16 +46,51 @@ def make_evaluate(
     heldout_loss = make_heldout_loss(config, mesh)
     batch_size = config.train.batch_size // config.train.accumulation_steps
 
-    def evaluate(state: TrainState) -> dict[str, float]:
+    def evaluate(state: TrainState, check: Check) -> dict[str, float]:
         parameters = evaluated_parameters(state)
         max_batches = None if max_rows is None else -(-max_rows // batch_size)
-        losses = heldout_loss(parameters, itertools.islice(load_epoch(rows, batch_size), max_batches))
+        losses = heldout_loss(parameters, _checked(itertools.islice(load_epoch(rows, batch_size), max_batches), check))
         if scorer is None:
             return losses
-        scores = scorer.score(_on_one_device(parameters, mesh))
+        scores = scorer.score(_on_one_device(parameters, mesh), check)
         return losses | dict(zip(scorer.names, _agree([scores[name] for name in scorer.names])))
 
     return evaluate
+
+
+def make_sample(
+    sampler: Sampler | None, config: RunConfig, mesh: Mesh
+) -> Callable[[TrainState, Check], list[dict[str, Any]]] | None:
+    """A function state → summaries by the weights that users will take, on the first process; None if not wanted."""
+    if sampler is None or not config.train.sample_every_steps:
+        return None
+
+    def sample(state: TrainState, check: Check) -> list[dict[str, Any]]:
+        parameters = _on_one_device(evaluated_parameters(state), mesh)
+        return sampler(config, parameters) if jax.process_index() == 0 else []
+
+    return sample
+
+
+def check_samples(config: RunConfig, sampler: Sampler | None, *, has_heldout: bool) -> None:
+    """Refuse samples that this run cannot write.
+
+    Raises:
+        UsageError: with what is missing.
+    """
+    if config.train.sample_every_steps and not has_heldout:
+        raise UsageError(
+            f"train.sample_every_steps={config.train.sample_every_steps} writes summaries of held-out sources, and "
+            "there are none; give --heldout-path"
+        )
+    if config.train.sample_every_steps and sampler is None:
+        raise UsageError("train.sample_every_steps is for pretrain and finetune; this run writes no samples")
+
+
+def _checked(batches: Iterable[Batch], check: Check) -> Iterator[Batch]:
+    for batch in batches:
+        check()
+        yield batch
 
 
 def check_keep_best(config: RunConfig, scorer: Scorer | None, *, has_heldout: bool) -> None:

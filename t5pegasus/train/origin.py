@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from t5pegasus.checkpoint import (
@@ -26,6 +27,8 @@ from t5pegasus.config import RunConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.course import Course, read_course
+from t5pegasus.train.divergence import init_recent, spike_window
 from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.optimizer import Moments, declare_moments
 from t5pegasus.train.phases import Event, check_events_kept, config_after
@@ -53,10 +56,8 @@ class Origin(NamedTuple):
     """Puts it on the devices, which nothing before has touched."""
     resumed: bool
     """From a checkpoint of this very run."""
-    history: tuple[dict[str, Any], ...]
+    course: Course
     lineage: tuple[dict[str, Any], ...]
-    flops: int
-    """Spent on training it so far."""
     config: RunConfig
     """To train on with: the run's, after the events that this state has behind it."""
     path: Path | None
@@ -103,16 +104,15 @@ def find_origin(
         return _restore_parameters(path, config, mesh, manifest)
 
     def init() -> TrainState:
-        return init_state(config.model, config.train.seed, mesh, config.optimizer, with_ema=_keeps_ema(config))
+        return init_state(config.model, config.train.seed, mesh, config.optimizer, **_kept(config))
 
     return Origin(
         step=0,
         rows=0,
         load=init,
         resumed=False,
-        history=(),
+        course=Course(),
         lineage=(),
-        flops=0,
         config=config,
         path=None,
     )
@@ -137,9 +137,15 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
     if stored_ema and not _keeps_ema(config):
         logger.warning("%s: its moving average is left behind, because train.ema_decay is 0", path)
 
+    window = spike_window(config.train)
+    stored_window = spike_window(info.config.train) == window and "recent.count" in list_arrays(path)
+
     def load() -> TrainState:
-        shardings = state_shardings(specs, mesh, config.optimizer, with_ema=stored_ema and _keeps_ema(config))
+        kept = {"with_ema": stored_ema and _keeps_ema(config), "window": window * stored_window}
+        shardings = state_shardings(specs, mesh, config.optimizer, **kept)
         state = arrays_to_state(load_together(path, state_to_arrays(shardings)))
+        if window and not stored_window:  # spikes are known by what comes from here on
+            state = state._replace(recent=jax.device_put(jax.tree.map(np.asarray, init_recent(window)), shardings.step))
         if _keeps_ema(config) and not stored_ema:  # it begins here, at the parameters
             state = state._replace(ema={name: jnp.copy(array) for name, array in state.parameters.items()})
         if reset_rows:
@@ -147,7 +153,8 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
         return state
 
     rows = 0 if reset_rows else info.rows
-    return Origin(info.step, rows, load, False, info.history, info.lineage, _flops_spent(path, info), config, path)
+    course = read_course(info, _flops_spent(path, info))
+    return Origin(info.step, rows, load, False, course, info.lineage, config, path)
 
 
 def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]) -> Origin:
@@ -157,15 +164,15 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
     specs = declare_parameters(config.model)
 
     def load() -> TrainState:
-        shardings = state_shardings(specs, mesh, config.optimizer, with_ema=_keeps_ema(config))
+        shardings = state_shardings(specs, mesh, config.optimizer, **_kept(config))
         parameters = load_parameters(path, shardings=shardings.parameters)
 
         def start(values: dict[str, jax.Array]) -> TrainState:
-            return start_state(values, specs, config.optimizer, with_ema=_keeps_ema(config))
+            return start_state(values, specs, config.optimizer, **_kept(config))
 
         return jax.jit(start, out_shardings=shardings)(parameters)
 
-    return Origin(0, 0, load, False, (), info.lineage, _flops_spent(path, info), config, path)
+    return Origin(0, 0, load, False, Course(flops=_flops_spent(path, info)), info.lineage, config, path)
 
 
 def _flops_spent(path: Path, info: CheckpointInfo) -> int:
@@ -181,6 +188,11 @@ def _flops_spent(path: Path, info: CheckpointInfo) -> int:
 
 def _keeps_ema(config: RunConfig) -> bool:
     return config.train.ema_decay > 0
+
+
+def _kept(config: RunConfig) -> dict[str, Any]:
+    """What a state of this config holds beside parameters and moments."""
+    return {"with_ema": _keeps_ema(config), "window": spike_window(config.train)}
 
 
 def _check_model(path: Path, info: CheckpointInfo, config: RunConfig) -> None:
@@ -200,6 +212,7 @@ def _check_optimizer(path: Path, info: CheckpointInfo, config: RunConfig) -> Non
     way_out = f"continue with the same, or take the parameters alone: t5pegasus finetune {path}"
     stored, wanted = info.config.optimizer, config.optimizer
     _check_same("optimizer.name", path, stored.name, wanted.name, way_out)
+    _check_same("optimizer.moment_dtype", path, stored.moment_dtype, wanted.moment_dtype, way_out)
     before, now = (declare_moments(each, declare_parameters(config.model)) for each in (stored, wanted))
     if before != now:
         _check_same("optimizer.beta1", path, stored.momentum, wanted.momentum, way_out)

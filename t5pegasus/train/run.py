@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from t5pegasus.batch import Batch
@@ -21,20 +22,25 @@ from t5pegasus.checkpoint import (
     find_checkpoint,
     finish_saves,
 )
-from t5pegasus.config import RunConfig
+from t5pegasus.config import RunConfig, TrainConfig
 from t5pegasus.data.loader import PackedRows, load_batches
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
+from t5pegasus.storage import working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.control import Control
-from t5pegasus.train.early_stopping import History, forget_best, has_stopped
+from t5pegasus.train.course import Course
+from t5pegasus.train.divergence import RollbackNeededError
+from t5pegasus.train.early_stopping import forget_best, has_stopped
 from t5pegasus.train.estimate import MemoryEstimate, prepare_step
-from t5pegasus.train.evaluation import Scorer, check_keep_best, make_evaluate
+from t5pegasus.train.evaluation import Sampler, Scorer, check_keep_best, check_samples, make_evaluate, make_sample
+from t5pegasus.train.goodput import Goodput
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
-from t5pegasus.train.origin import find_origin
+from t5pegasus.train.origin import Origin, find_origin
 from t5pegasus.train.phases import Event, next_event, phase_end, plan_hashes
+from t5pegasus.train.profiler import Profiler
 from t5pegasus.train.run_folder import (
     RunPaths,
     check_resumable,
@@ -46,6 +52,7 @@ from t5pegasus.train.run_folder import (
 from t5pegasus.train.seam import Measurement, Phase, Run, check_events, train_phases
 from t5pegasus.train.state import TrainState, state_to_arrays
 from t5pegasus.train.step import make_train_step
+from t5pegasus.train.wandb_log import WandbLog
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +67,7 @@ def train_run(
     keep_state: bool = True,
     reset_rows: bool = False,
     scorer: Scorer | None = None,
+    sampler: Sampler | None = None,
     events: Sequence[Event] = (),
     control: Control | None = None,
 ) -> Path:
@@ -72,6 +80,7 @@ def train_run(
             False takes its parameters only (fine-tuning).
         reset_rows: with `start_from` and other examples than it was trained on, begin at their first row.
         scorer: gives further scores at each evaluation, for `config.train.keep_best` to choose by.
+        sampler: writes summaries of held-out sources, where `config.train.sample_every_steps` asks for them.
         events: what changes the model on the way, in order; `config` is that of the run before all of them.
         control: through which signal handlers and watchers ask the run to stop or to save, and see what it does.
 
@@ -82,10 +91,12 @@ def train_run(
         UsageError: if the config, or that of a later phase, contradicts the run folder, the checkpoint, the examples
             or the devices.
         ArtifactError: if one of the artifacts is missing or damaged, or an event does not keep its promise.
-        DivergedError: if the loss stops being finite.
+        DivergedError: if an update is bad, and `config.train.on_divergence` does not go on.
         PreemptedError: if the run was asked to stop, once what it has done is saved.
     """
     control, damaged = control or Control(), set[Path]()
+    rollbacks: list[dict[str, Any]] = []
+    goodput = Goodput()
     while True:
         try:
             return _train(
@@ -94,15 +105,21 @@ def train_run(
                 keep_state=keep_state,
                 reset_rows=reset_rows,
                 scorer=scorer,
+                sampler=sampler,
                 events=events,
                 control=control,
                 damaged=damaged,
+                rollbacks=rollbacks,
+                goodput=goodput,
             )
+        except RollbackNeededError as error:
+            rollbacks.append(error.record)
         except DamagedError as error:  # what was found when its arrays were read
             if error.path.parent != paths.run_path / "checkpoints" or error.path in damaged:
                 raise
             logger.warning("%s; going back to the one before", error)
             damaged.add(error.path)
+            rollbacks.clear()  # from further back they are made again
 
 
 def _train(
@@ -112,11 +129,14 @@ def _train(
     keep_state: bool,
     reset_rows: bool,
     scorer: Scorer | None,
+    sampler: Sampler | None,
     events: Sequence[Event],
     control: Control,
     damaged: Collection[Path],
+    rollbacks: Sequence[dict[str, Any]],
+    goodput: Goodput,
 ) -> Path:
-    """`train_run`, without the checkpoints that are known to be damaged."""
+    """`train_run`, without the checkpoints that are known to be damaged, and behind the rows of bad updates."""
     mesh = make_mesh(config.mesh)
     record = load_run_record(paths.run_path)
     if record is not None:
@@ -128,27 +148,31 @@ def _train(
         _check_tokenizer(config, shards.manifest, paths.examples_path)
         heldout_rows = _open_heldout(paths, config, shards.manifest, stack)
         check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
-        origin = find_origin(
-            config,
-            paths.run_path,
-            paths.start_from,
-            mesh,
-            shards.manifest,
-            keep_state=keep_state,
-            reset_rows=reset_rows,
-            events=events,
-            recorded_events=load_recorded_events(paths.run_path),
-            damaged=damaged,
-        )
+        check_samples(config, sampler, has_heldout=heldout_rows is not None)
+        with control.doing("restore"):
+            origin = find_origin(
+                config,
+                paths.run_path,
+                paths.start_from,
+                mesh,
+                shards.manifest,
+                keep_state=keep_state,
+                reset_rows=reset_rows,
+                events=events,
+                recorded_events=load_recorded_events(paths.run_path),
+                damaged=damaged,
+            )
         train, step = config.train, origin.step
+        rollbacks = [record for record in rollbacks if record["rollback"] > origin.course.rollbacks]
+        course, start_row = _go_back(origin, rollbacks)
         train_step = make_train_step(origin.config, mesh)
         if step >= train.steps and not origin.resumed:
             raise UsageError(
                 f"checkpoint {paths.start_from} is at step {step}, train.steps={train.steps} leaves nothing to "
                 "do; steps are counted from the beginning of training: give --train.steps a larger number"
             )
-        stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, origin.history)
-        if step >= train.steps or stopped:
+        stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, course.history)
+        if (step >= train.steps or stopped) and not course.owed:
             why = f", stopped early by train.patience={train.patience}" if stopped else ""
             logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, train.steps, why)
             return find_checkpoint(paths.run_path)
@@ -158,13 +182,19 @@ def _train(
         if origin.resumed and record is not None:
             paths = keep_start(paths, record[1]["start_from"])
         last_step = phase_end(events, origin.lineage, origin.config, step)
-        update, memory = prepare_step(origin.config, mesh, train_step, step, last_step)
+        with control.doing("compile"):
+            update, memory = prepare_step(origin.config, mesh, train_step, step, last_step)
         settle_run_folder(config, paths, events, resumed=origin.resumed)
-        batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, origin.rows)))
-        from_step = step if origin.resumed else -1
-        metrics = stack.enter_context(MetricsWriter(paths.run_path, from_step, plan_hashes(origin.lineage)))
+        batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, start_row)))
+        folder = stack.enter_context(working_copy(paths.run_path, writes=jax.process_index() == 0))
+        metrics = stack.enter_context(_open_metrics(folder.path, paths, train, origin))
+        goodput.begin(folder.path, step, control.spent())
+        goodput.lose(metrics.dropped, step)
+        _write_rollbacks(metrics, rollbacks, origin)
         _write_start(metrics, paths, origin.config, step, mesh, memory)
-        writer = stack.enter_context(CheckpointWriter(paths.run_path))
+        profiler = Profiler(train, folder.path / "profile")
+        stack.callback(profiler.stop)
+        writer = stack.enter_context(CheckpointWriter(paths.run_path, before_commit=folder.push))
         run = Run(
             events=events,
             mesh=mesh,
@@ -172,15 +202,19 @@ def _train(
             metrics=metrics,
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
+            make_sample=lambda config: make_sample(sampler, config, mesh),
             save=functools.partial(_save, writer, shards),
             finish_saves=writer.finish,
             control=control,
+            profiler=profiler,
+            goodput=goodput,
             checkpoints_path=paths.run_path / "checkpoints",
         )
-        phase = Phase(origin.config, origin.lineage, origin.history, origin.flops)
-        if not origin.resumed:
-            phase = phase._replace(history=forget_best(origin.history))
-        train_phases(run, origin.load(), phase, update, origin.path, begins=not origin.resumed)
+        with control.doing("restore"):
+            state = origin.load()
+            state = state._replace(rows=jax.device_put(np.uint32(start_row), state.rows.sharding))
+        phase = Phase(origin.config, origin.lineage, course)
+        train_phases(run, state, phase, update, origin.path, begins=not origin.resumed)
     return find_checkpoint(paths.run_path)
 
 
@@ -196,9 +230,7 @@ def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
     return dataclasses.replace(config, model=model)
 
 
-def _save(
-    writer: CheckpointWriter, shards: ExampleShards, phase: Phase, state: TrainState, history: History, flops: int
-) -> None:
+def _save(writer: CheckpointWriter, shards: ExampleShards, phase: Phase, state: TrainState, course: Course) -> None:
     """Begin a checkpoint; beside the last ones stay the best one, and those that an event changed the model behind."""
     info = CheckpointInfo(
         config=phase.config,
@@ -208,12 +240,53 @@ def _save(
         tokenizer_fingerprint=shards.manifest["tokenizer_fingerprint"],
         examples_fingerprint=shards.fingerprint,
         lineage=phase.lineage,
-        history=history,
-        flops=flops,
+        history=course.history,
+        flops=course.flops,
+        course=course.to_json(),
     )
     train = phase.config.train
-    kept_steps = frozenset({*best_steps(history)[-1:], *(entry["step"] for entry in phase.lineage)})
+    kept_steps = frozenset({*best_steps(course.history)[-1:], *(entry["step"] for entry in phase.lineage)})
     writer.save(state_to_arrays(state), info, Retention(train.keep_checkpoints, train.keep_every_steps, kept_steps))
+
+
+def _go_back(origin: Origin, rollbacks: Sequence[dict[str, Any]]) -> tuple[Course, int]:
+    """The course, and the row to go on from, behind those that the checkpoint does not know of."""
+    course = origin.course
+    if not origin.resumed:
+        course = course._replace(history=forget_best(course.history))
+    if not rollbacks:
+        return course, origin.rows
+    return course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
+
+
+def _open_metrics(folder: Path, paths: RunPaths, train: TrainConfig, origin: Origin) -> MetricsWriter:
+    return MetricsWriter(
+        folder,
+        origin.step if origin.resumed else -1,
+        plan_hashes(origin.lineage),
+        rollbacks=origin.course.rollbacks,
+        wandb=_open_wandb(folder, train, paths),
+    )
+
+
+def _open_wandb(folder: Path, train: TrainConfig, paths: RunPaths) -> WandbLog | None:
+    if not train.wandb_project or jax.process_index() != 0:
+        return None
+    return WandbLog(train.wandb_project, paths.run_path, folder)
+
+
+def _write_rollbacks(metrics: MetricsWriter, rollbacks: Sequence[dict[str, Any]], origin: Origin) -> None:
+    """Those that the checkpoint does not know of: the run goes on from it, behind the rows of the bad updates."""
+    first = origin.rows
+    for record in rollbacks:
+        skipped = [first, record["rows"][1]]
+        metrics.write("divergence", origin.step, action="rollback", **record, skipped_rows=skipped)
+        logger.warning(
+            "update %d: %s (loss=%s, grad_norm=%s); back to step %d, on from row %d: rows %d to %d are skipped",
+            record["at_step"], record["why"], record["loss"], record["grad_norm"], origin.step, skipped[1], first,
+            skipped[1] - 1,
+        )  # fmt: skip
+        first = skipped[1]
 
 
 def _write_start(

@@ -12,6 +12,7 @@ import jax
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import UsageError, reading
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
+from t5pegasus.storage import copy_tree, fetch, is_remote, open_path, remove_tree
 from t5pegasus.train.phases import Event, record_event
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,9 @@ FREE_ON_RESUME = {
     "mesh": ("data", "fsdp", "tensor"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
-        "save_every_seconds", "keep_checkpoints", "keep_every_steps", "patience", "compute_dtype",
+        "save_every_seconds", "keep_checkpoints", "keep_every_steps", "patience", "compute_dtype", "on_divergence",
+        "spike_factor", "spike_window", "max_skips", "max_rollbacks", "sample_every_steps", "num_samples",
+        "profile_steps", "wandb_project",
     ),
 }  # fmt: skip
 """What may change when a run continues: the data position counts rows, so batch size is among them; a compute
@@ -100,11 +103,16 @@ def settle_run_folder(config: RunConfig, paths: RunPaths, events: Sequence[Event
         return
     tokenizer, unfinished = paths.run_path / "tokenizer", paths.run_path / "tokenizer.unfinished"
     paths.run_path.mkdir(parents=True, exist_ok=True)
-    if not (resumed and tokenizer.exists()):
-        shutil.rmtree(unfinished, ignore_errors=True)
-        shutil.copytree(paths.examples_path / "tokenizer", unfinished)
-        shutil.rmtree(tokenizer, ignore_errors=True)
-        unfinished.rename(tokenizer)
+    if not (resumed and (tokenizer / "tokenizer.json").is_file()):
+        source = fetch(paths.examples_path) / "tokenizer"
+        if is_remote(tokenizer):
+            remove_tree(tokenizer)
+            copy_tree(source, tokenizer)
+        else:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.copytree(source, unfinished)
+            shutil.rmtree(tokenizer, ignore_errors=True)
+            unfinished.rename(tokenizer)
     planned = {"events": [record_event(event) for event in events]} if events else {}
     record = {"schema": SCHEMA, "config": config.to_json(), **paths.to_json(), **planned}
     write_json(paths.run_path / "config.json", record)
@@ -112,7 +120,7 @@ def settle_run_folder(config: RunConfig, paths: RunPaths, events: Sequence[Event
 
 def keep_start(paths: RunPaths, begun_from: str | None) -> RunPaths:
     """The paths with the checkpoint the run really began from, whichever is given now."""
-    begun = None if begun_from is None else Path(begun_from)
+    begun = None if begun_from is None else open_path(begun_from)
     if paths.start_from is not None and (begun is None or begun.resolve() != paths.start_from.resolve()):
         logger.warning(
             "%s continues from its own checkpoint; it was begun from %s, so %s is not used: "

@@ -1,5 +1,6 @@
 """The phases of a run and the seams between them: events are checked before the run, and carried out in between."""
 
+import contextlib
 import functools
 import logging
 import time
@@ -13,21 +14,25 @@ from jax.sharding import Mesh
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import MANIFEST
 from t5pegasus.config import RunConfig
-from t5pegasus.errors import UsageError
+from t5pegasus.errors import PreemptedError, UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train import loop
-from t5pegasus.train.agreement import Agreement
+from t5pegasus.train.agreement import Agreement, Check, StopAgreedError, make_check
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.control import Control
-from t5pegasus.train.early_stopping import History, plain_entry
+from t5pegasus.train.course import Course
+from t5pegasus.train.early_stopping import plain_entry
 from t5pegasus.train.estimate import abstract_state, check_state_fits, prepare_step
 from t5pegasus.train.evaluation import Evaluate
-from t5pegasus.train.loop import Hooks
+from t5pegasus.train.goodput import Goodput
+from t5pegasus.train.logbook import Logbook
 from t5pegasus.train.metrics import MetricsWriter, count_flops
 from t5pegasus.train.phases import Event, Lineage, due_event, next_event, phase_end
+from t5pegasus.train.profiler import Profiler
 from t5pegasus.train.state import TrainState
 from t5pegasus.train.step import make_train_step
+from t5pegasus.train.visit import Hooks, Outside, is_boundary
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +48,7 @@ class Phase(NamedTuple):
 
     config: RunConfig
     lineage: Lineage
-    history: History
-    flops: int
-    """Spent on training it and those it came from."""
+    course: Course
 
 
 class Measurement(NamedTuple):
@@ -71,12 +74,16 @@ class Run(NamedTuple):
     measurement: Measurement
     make_evaluate: Callable[[RunConfig], Evaluate | None]
     """Config → what evaluates its models, None where nothing is held out."""
-    save: Callable[[Phase, TrainState, History, int], None]
-    """Writes a checkpoint; the last argument is the FLOPs spent."""
+    make_sample: Callable[[RunConfig], Callable[[TrainState, Check], list[dict[str, Any]]] | None]
+    """Config → what writes samples of its models, None where none are wanted."""
+    save: Callable[[Phase, TrainState, Course], None]
+    """Writes a checkpoint."""
     finish_saves: Callable[[], None]
     """Waits until all checkpoints are on the disk."""
     control: Control
     """What the process asks of the run."""
+    profiler: Profiler
+    goodput: Goodput
     checkpoints_path: Path
     """Where that puts it, under its step."""
 
@@ -151,27 +158,61 @@ def train_phases(
     """
     evaluate, step = run.make_evaluate(phase.config), int(state.step)
     if evaluate is not None and begins:  # after growth too: the loss right behind the seam
-        first = evaluate(state)
+        with run.control.doing("evaluate", step), _stoppable(run):
+            first = evaluate(state, make_check(Agreement(run.mesh), run.control))
         run.metrics.write("heldout", step, **first)
-        entry = plain_entry(phase.config.train, step, first, begins_phase=bool(phase.history))
-        phase = phase._replace(history=(*phase.history, entry))
+        history = phase.course.history
+        entry = plain_entry(phase.config.train, step, first, begins_phase=bool(history))
+        phase = phase._replace(course=phase.course._replace(history=(*history, entry)))
+    event = _find_due(run, phase, step) if begins or _may_change(run, phase, step) else None
     while True:
-        event = due_event(run.events, phase.lineage, phase.config, step, phase.history)
         if event is not None:
-            before = _measure(run.measurement.make(phase.config), state)
-            began = time.perf_counter()
-            # No other name may hold the state, or both models stay in memory.
-            state = jax.block_until_ready(event.change_state(state, run.mesh))
-            phase = _judge_seam(run, event, before, state, phase, cast(Path, source), time.perf_counter() - began)
+            with run.control.doing("event", step), _stoppable(run):
+                state, phase = _change(run, event, state, phase, cast(Path, source))
             last_step = phase_end(run.events, phase.lineage, phase.config, step)
-            train_step, _ = prepare_step(
-                phase.config, run.mesh, make_train_step(phase.config, run.mesh), step, last_step
-            )
+            with run.control.doing("compile", step):
+                train_step, _ = prepare_step(
+                    phase.config, run.mesh, make_train_step(phase.config, run.mesh), step, last_step
+                )
             evaluate = run.make_evaluate(phase.config)
         state, phase = _train_phase(run, state, phase, train_step, evaluate)
         step, source = int(state.step), run.checkpoints_path / str(int(state.step))
-        if due_event(run.events, phase.lineage, phase.config, step, phase.history) is None:
+        event = _find_due(run, phase, step)
+        if event is None:
             return
+
+
+def _find_due(run: Run, phase: Phase, step: int) -> Event | None:
+    return due_event(run.events, phase.lineage, phase.config, step, phase.course.history)
+
+
+def _may_change(run: Run, phase: Phase, step: int) -> bool:
+    """Whether a run that continues from here would have changed its model here, had it not been stopped.
+
+    It may have been saved where it otherwise does not save, or before it was evaluated.
+    """
+    upcoming = next_event(run.events, phase.lineage)
+    boundary = upcoming and upcoming.at_step
+    return not phase.course.owed and is_boundary(phase.config, step, phase.course.history, boundary)
+
+
+@contextlib.contextmanager
+def _stoppable(run: Run) -> Iterator[None]:
+    """Work between two updates that is pure, and done again by the run that continues: a stop saves nothing."""
+    try:
+        yield
+    except StopAgreedError:
+        run.finish_saves()
+        raise PreemptedError("asked to stop: the last checkpoint is intact; the same command goes on") from None
+
+
+def _change(run: Run, event: Event, state: TrainState, phase: Phase, source: Path) -> tuple[TrainState, Phase]:
+    check = make_check(Agreement(run.mesh), run.control)
+    before = _measure(run.measurement.make(phase.config), state, check)
+    began = time.perf_counter()
+    # No other name may hold the state, or both models stay in memory.
+    state = jax.block_until_ready(event.change_state(state, run.mesh))
+    return state, _judge_seam(run, event, before, state, phase, source, time.perf_counter() - began, check)
 
 
 def _train_phase(
@@ -183,25 +224,28 @@ def _train_phase(
         functools.partial(run.save, phase),
         run.finish_saves,
         ends_phase=lambda step, history: due(step, history) is not None,
+        sample=run.make_sample(phase.config),
     )
     upcoming = next_event(run.events, phase.lineage)
-    state, history, flops = loop.run(
-        state, train_step, run.batches, phase.config, hooks, run.metrics, phase.history, flops=phase.flops,
-        control=run.control, agreement=Agreement(run.mesh), boundary=upcoming and upcoming.at_step,
-        is_last_phase=upcoming is None,
+    logbook = Logbook(phase.config, run.metrics, run.control, run.goodput, phase.course)
+    outside = Outside(run.control, Agreement(run.mesh), run.profiler)
+    state, course = loop.run(
+        state, train_step, run.batches, phase.config, hooks, logbook, outside, phase.course,
+        boundary=upcoming and upcoming.at_step, is_last_phase=upcoming is None,
     )  # fmt: skip
-    return state, phase._replace(history=history, flops=flops)
+    return state, phase._replace(course=course)
 
 
 def _judge_seam(
-    run: Run, event: Event, before: _Scores, state: TrainState, phase: Phase, source: Path, seconds: float
-) -> Phase:
+    run: Run, event: Event, before: _Scores, state: TrainState, phase: Phase, source: Path, seconds: float,
+    check: Check,
+) -> Phase:  # fmt: skip
     """Measure the state behind an event, hold it against what was before, record all that; the phase that begins."""
     step, config = int(state.step), event.change_config(phase.config, int(state.step))
     if jax.process_index() == 0:
         logger.info("%s: at step %d, in %.1f s", event.name, step, seconds)
     _check_shapes(event, state, config, run.mesh)
-    after = _measure(run.measurement.make(config), state)
+    after = _measure(run.measurement.make(config), state, check)
     compute_dtype = str(resolve_compute_dtype(config))
     for weights, scores in after.items():
         event.check(before[weights]["loss"], scores["loss"], compute_dtype)
@@ -211,10 +255,10 @@ def _judge_seam(
         event.kind, step, plan_hash=event.plan_hash, name=event.name, **event.facts,
         parameters_before=count_parameters(phase.config.model), parameters_after=count_parameters(config.model),
         evidence=run.measurement.evidence, loss_before=before[evaluated]["loss"], loss_after=after[evaluated]["loss"],
-        source_flops=phase.flops, own_flops=own_flops, flops=phase.flops + own_flops, seconds=seconds,
+        source_flops=phase.course.flops, own_flops=own_flops, flops=phase.course.flops + own_flops, seconds=seconds,
         config=config.to_json(),
     )  # fmt: skip
-    history = phase.history
+    history = phase.course.history
     if run.measurement.is_heldout:
         run.metrics.write("heldout", step, **after[evaluated])
         history = (*history, plain_entry(config.train, step, after[evaluated], begins_phase=True))
@@ -224,13 +268,14 @@ def _judge_seam(
         "source_fingerprint": read_json(source / MANIFEST)["fingerprint"],
         "step": step,
     }
-    return Phase(config, (*phase.lineage, entry), history, phase.flops + own_flops)
+    course = phase.course._replace(history=history, flops=phase.course.flops + own_flops)
+    return Phase(config, (*phase.lineage, entry), course)
 
 
-def _measure(evaluate: Evaluate, state: TrainState) -> _Scores:
+def _measure(evaluate: Evaluate, state: TrainState, check: Check) -> _Scores:
     """Scores of the parameters and, where there is one, of their moving average: the event changed both."""
-    scores = {"parameters": evaluate(state._replace(ema={}))}
-    return scores | {"ema": evaluate(state)} if state.ema else scores
+    scores = {"parameters": evaluate(state._replace(ema={}), check)}
+    return scores | {"ema": evaluate(state, check)} if state.ema else scores
 
 
 def _check_shapes(event: Event, state: TrainState, config: RunConfig, mesh: Mesh) -> None:

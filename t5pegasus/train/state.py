@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
     row_moment: dict[str, Any] = {}  # noqa: RUF012 - never written to
     column_moment: dict[str, Any] = {}  # noqa: RUF012 - never written to
     recent: dict[str, Any] = {}  # noqa: RUF012 - never written to
-    """Losses and gradient norms of the last updates, by which a spike is known (`divergence`); empty where nobody asks."""
+    """Losses and gradient norms of the last updates, by which a spike is known (`divergence`); or empty."""
 
     @property
     def moments(self) -> Moments:

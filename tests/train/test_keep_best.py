@@ -70,7 +70,7 @@ class GivenScores:
     def __init__(self, first: int = 0):
         self.step = first
 
-    def __call__(self, parameters):
+    def __call__(self, parameters, check):
         assert len(parameters["lm_head"].devices()) == 1
         self.step += 2
         return {"rouge-l": SCORES.get(self.step - 2, 0.0), "other": 1.0}
@@ -124,10 +124,10 @@ def test_resumed_with_everything_on_it_is_the_uninterrupted_run_bit_for_bit(whol
 
     given = GivenScores()
 
-    def fail_at_ten(parameters):
+    def fail_at_ten(parameters, check):
         if given.step == 10:
             raise Killed
-        return given(parameters)
+        return given(parameters, check)
 
     with pytest.raises(Killed):
         train_run(everything, paths, scorer=Scorer(("rouge-l", "other"), fail_at_ten))
@@ -165,7 +165,7 @@ def test_what_is_frozen_stays_and_what_is_not_moves(whole, everything):
 def test_a_run_that_begins_from_it_looks_for_a_best_of_its_own(whole, tmp_path, examples_path, everything):
     paths = RunPaths(tmp_path / "run", examples_path, start_from=whole)
     fewer = dataclasses.replace(everything, train=dataclasses.replace(everything.train, steps=8, patience=0))
-    best = train_run(fewer, paths, scorer=Scorer(("rouge-l",), lambda _: {"rouge-l": 1.0}))
+    best = train_run(fewer, paths, scorer=Scorer(("rouge-l",), lambda *_: {"rouge-l": 1.0}))
     assert best == paths.run_path / "checkpoints" / "8"
     history = load_checkpoint_info(best).history
     assert [entry["step"] for entry in history if "best" in entry] == [8]

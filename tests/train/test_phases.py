@@ -83,7 +83,10 @@ def whole(tmp_path_factory, examples_path, config):
 
 def lasting(run_path):
     """The records of a run, but for what is measured in seconds."""
-    timed = {"seconds", "tokens_per_second", "rows_per_second", "mfu", "data_wait_fraction"}
+    timed = {
+        "seconds", "time", "goodput", "updates", "tokens_per_second", "rows_per_second", "examples_per_second", "mfu",
+        "data_wait_fraction",
+    }  # fmt: skip
     records = [record for record in read_metrics(run_path / "metrics.jsonl") if record["kind"] != "start"]
     return [{name: value for name, value in record.items() if name not in timed} for record in records]
 
