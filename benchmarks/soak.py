@@ -198,10 +198,10 @@ def draw_fault(rng: random.Random, step: int, spacing: float, mesh: Mesh) -> tup
     process = rng.choice(["", *(f"@{number}" for number in range(mesh.processes))])
     if kind == "kill" and rng.random() < 0.4:
         place = rng.choice(
-            [f"write:{rng.randint(1, 60)}", f"save+{rng.random() * 0.3:.2f}:{_next_save(at)}", "restore"]
+            [f"write:{rng.randint(1, 60)}", f"save+{rng.random() * 0.3:.2f}:{_next_save(at)}", "restore+0.05"]
         )
     if kind == "term" and rng.random() < 0.3:
-        place = rng.choice(["restore", "compile"])
+        place = rng.choice(["restore+0.02", "compile+0.1"])
     return kind, f"{kind}@{place}{process}"
 
 

@@ -9,10 +9,10 @@ KIND   kill     SIGKILL to itself                     term, term-twice   SIGTERM
        hold     the same, holding Python's lock       slow               half a second
        full     from here on the disk under RUN/checkpoints is full
        small    from here on no file may grow beyond 20 kB
-PLACE  data:5, step:5, device:5, evaluate:5, save:5, event:5   as the run enters this activity at this step
+PLACE  restore, compile, data:5, step:5, device:5, evaluate:5, save:5, event:5
+                           as the run enters this activity for the first time, or at this step
        save+0.2:5          the same, and 0.2 s later, in a thread
-       step:*              at every step
-       restore, compile    as the run does this, 0.05 s later, in a thread
+       step:*              each time
        import, after+3     while Python starts, or so many seconds later
        write:7             at the 7th change in RUN/checkpoints: files opened to write, folders made, names changed
 PROCESS  its number; all of them where none is given
@@ -89,15 +89,11 @@ def arm(kind: str, place: re.Match[str]) -> None:
             strike()
         case "write":
             count_writes(int(step), strike)
-        case "restore":
-            before("t5pegasus.train.origin", "load_arrays", 0.05, kind)
-        case "compile":
-            before("t5pegasus.train.run", "prepare_step", 0.05, kind)
         case _:
             watch_activities(name, step, strike)
 
 
-def watch_activities(name: str, step: str, strike: Callable[[], None]) -> None:
+def watch_activities(name: str, step: str | None, strike: Callable[[], None]) -> None:
     from t5pegasus.train.control import Control
 
     turn, struck = Control._turn_to, []
@@ -105,7 +101,7 @@ def watch_activities(name: str, step: str, strike: Callable[[], None]) -> None:
     def turn_to(self: Control, to: str, at: int) -> None:
         is_entered = self.activity.name != to
         turn(self, to, at)
-        if to == name and is_entered and (step == "*" or (at == int(step) and not struck)):
+        if to == name and is_entered and (step == "*" or (step in (None, str(at)) and not struck)):
             struck.append(at)
             strike()
 
@@ -165,21 +161,6 @@ def keep_ledger(folder: Path) -> None:
             return run(state, train_step, noted(int(state.step), batches, file), *args, **kwargs)
 
     loop.run = noted_run
-
-
-def before(module: str, name: str, later: float, kind: str) -> None:
-    """Replace a function of a module, once that is imported, by one that is hurt while it works."""
-    import importlib
-
-    home = importlib.import_module(module)
-    function = getattr(home, name)
-
-    def hurt(*args: Any, **kwargs: Any) -> Any:
-        print(f"fault: {kind} at {name} in process {PROCESS}", file=sys.stderr, flush=True)
-        threading.Timer(later, injure, (kind,)).start()
-        return function(*args, **kwargs)
-
-    setattr(home, name, hurt)
 
 
 def main() -> int:

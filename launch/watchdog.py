@@ -32,8 +32,9 @@ _ALL_READ_ALL = 32
 """Processes up to which each reads the records of all; of more, process 0 does, and the others read its."""
 _UNWINDING_SECONDS = 3.0
 """From a failure to the end of the process; behind it, what still runs is left."""
-_PACE_SECONDS = 30.0
+_PACE_SECONDS = 20.0
 _PACE_STEPS = 5
+"""At least so much is measured before a process is called slow."""
 
 
 class Watchdog(threading.Thread):
@@ -213,14 +214,14 @@ class Watchdog(threading.Thread):
         return Verdict(exit_code(error) or 1, "failed", message, self.process, has_stacks=True)
 
     def _pace(self, now: float, step: int, seconds: dict[str, float]) -> dict[str, float] | None:
-        if self.control.first_step is None:
+        if self.control.first_step is None or step < self.control.first_step + 2:  # the first ones are always slow
             return None
         own = seconds.get("data", 0.0) + seconds.get("step", 0.0)
         self._paces.append((now, step, own))
-        while self._paces[0][0] < now - _PACE_SECONDS and len(self._paces) > 2:
+        while len(self._paces) > 1 and _is_long(self._paces[1], now, step):
             self._paces.popleft()
-        then, steps, before = self._paces[0][0], step - self._paces[0][1], self._paces[0][2]
-        if steps < _PACE_STEPS:
+        then, before, steps = self._paces[0][0], self._paces[0][2], step - self._paces[0][1]
+        if not _is_long(self._paces[0], now, step):
             return None
         return {"seconds_per_step": (now - then) / steps, "host_seconds_per_step": (own - before) / steps}
 
@@ -240,3 +241,7 @@ class Watchdog(threading.Thread):
                 "process %d (on %s) is slow: its own part of a step takes %.3f s, that of the others %.3f s",
                 process, records[process]["host"], seconds, usual,
             )  # fmt: skip
+
+
+def _is_long(then: tuple[float, int, float], now: float, step: int) -> bool:
+    return now - then[0] >= _PACE_SECONDS and step - then[1] >= _PACE_STEPS
