@@ -4,10 +4,12 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
+from google_store import BUCKET, GoogleStore, run_google_store
 
 from t5pegasus.storage import attempts, open_path
 
 _bucket = itertools.count()
+_PLACES = {"memory": "remote", "google": "bucket"}
 OPERATIONS = ("cat_file", "pipe_file", "info", "find", "ls", "rm_file", "cp_file")
 
 
@@ -66,7 +68,19 @@ def remote() -> Iterator[Any]:
         del MemoryFileSystem.store[name]
 
 
-@pytest.fixture(params=["disk", "store"])
+@pytest.fixture(scope="module")
+def google() -> Iterator[GoogleStore]:
+    with run_google_store() as store:
+        yield store
+
+
+@pytest.fixture
+def bucket(google: GoogleStore) -> Any:
+    """An empty place in a bucket of Google's, as gcsfs sees it."""
+    return open_path(f"gs://{BUCKET}/place-{next(_bucket)}")
+
+
+@pytest.fixture(params=["disk", "memory", "google"])
 def place(request: pytest.FixtureRequest, tmp_path: Any) -> Any:
-    """An empty folder, once on the disk, once in a store."""
-    return tmp_path if request.param == "disk" else request.getfixturevalue("remote")
+    """An empty folder, on the disk and in stores."""
+    return tmp_path if request.param == "disk" else request.getfixturevalue(_PLACES[request.param])
