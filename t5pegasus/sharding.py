@@ -31,9 +31,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # of activations
     "batch": ("data", "fsdp"),
     "length": None,
+    "stream_length": "tensor",
     "hidden": None,
 }
-"""Logical axis → mesh axis. `embed` is the parameters' d_model axis, `hidden` the activations'."""
+"""Logical axis → mesh axis. `embed` is the parameters' d_model axis, `hidden` the activations';
+`stream_length` is the length of activations between blocks, where it is split (`train.split_length`)."""
 
 AXES = ("data", "fsdp", "tensor")
 """Of every mesh, from the outermost, whose devices may lie far apart, to the innermost."""

@@ -9,6 +9,8 @@ from flax import nnx
 
 from t5pegasus.config import ModelConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.model.attention_kernel import fused_attention, plain_attention
+from t5pegasus.model.execution import Execution
 from t5pegasus.model.layers import Dropout, declare
 from t5pegasus.model.sizes import axis_size
 
@@ -134,7 +136,7 @@ def relative_bias(
 class Attention(nnx.Module):
     """Multi-head attention of one kind (`encoder.self`, `decoder.self`, `decoder.cross`) for a stack of layers."""
 
-    def __init__(self, config: ModelConfig, kind: str):
+    def __init__(self, config: ModelConfig, kind: str, execution: Execution):
         layers, heads, qk, vo = (
             f"{kind.partition('.')[0]}.layers",
             # Where cross-attention adds the decoder's relative bias, its heads are that table's columns, too.
@@ -144,6 +146,7 @@ class Attention(nnx.Module):
         )
         self.place = kind.partition(".")[2]
         self.drops_weights = config.inner_dropout
+        self.kernel = execution.attention
         self.query = declare(config, layers, "embed", heads, qk, contracted=("embed", qk))
         self.key = declare(config, layers, "embed", heads, qk, contracted=("embed",))
         self.value = declare(config, layers, "embed", heads, vo, contracted=("embed",))
@@ -173,21 +176,17 @@ class Attention(nnx.Module):
             mask: bool [b, t, s], True where t may look at s. A position that may look nowhere (padding) gets
                 the mean of all values, finite and never read.
             bias: [1 or b, heads, t, s], or None.
-            dropout: of the weights; one mask for all query positions, as in Mesh TensorFlow's T5.
+            dropout: of the weights; one mask for all query positions, as in Mesh TensorFlow's T5, so that it may as
+                well be one of the values, which are smaller.
 
         Returns:
             [b, t, embed].
         """
         query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
-        wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("bthk,bhks->bhts", query, keys, preferred_element_type=wide)
-        if bias is not None:
-            logits += jnp.broadcast_to(bias.astype(wide), logits.shape)
-        logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min / 2)
-        weights = jax.nn.softmax(logits, axis=-1).astype(x.dtype)
-        if self.drops_weights:
-            weights = dropout(weights, f"{self.place}_weights", shared_axis=2)
-        mixed = jnp.einsum("bhts,bhsk->bhtk", weights, values)
+        if self.drops_weights:  # a key's weights for all queries are zero exactly where its value is
+            values = dropout(values, f"{self.place}_weights", shared_axis=3)
+        kernel = fused_attention if self.kernel == "cudnn" else plain_attention
+        mixed = kernel(query, keys, values, mask, bias)
         return jnp.einsum("bhtk,hkd->btd", mixed, self.out[...].astype(x.dtype))
 
 

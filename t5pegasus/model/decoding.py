@@ -14,7 +14,8 @@ from flax import nnx
 
 from t5pegasus.model.attention import relative_bias
 from t5pegasus.model.layers import Dropout
-from t5pegasus.model.t5 import T5, DecoderLayer
+from t5pegasus.model.stack import DecoderLayer
+from t5pegasus.model.t5 import T5
 
 _NO_DROPOUT = Dropout(0.0, None)
 
@@ -59,7 +60,7 @@ class CachedDecoder:
         layers = _unstack(model)
         crossed = [layer.cross_attention.project_keys_values(encoded) for layer in layers]
         keys, values = zip(*crossed)
-        return cls(model, layers, keys, values, source_mask, model.head())
+        return cls(model, layers, keys, values, source_mask, model.head().astype(model.compute_dtype))
 
     @property
     def wide(self) -> Any:

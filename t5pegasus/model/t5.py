@@ -7,7 +7,7 @@ bias is computed once per stack outside the scan. The outside world sees flat di
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -17,112 +17,31 @@ from flax import nnx
 from t5pegasus.axes import ParamSpec
 from t5pegasus.batch import Batch
 from t5pegasus.config import ModelConfig
-from t5pegasus.model.attention import Attention, declare_relative_bias, relative_bias
-from t5pegasus.model.layers import Dropout, FeedForward, declare, rms_norm
+from t5pegasus.model.attention import relative_bias
+from t5pegasus.model.embedding import look_up
+from t5pegasus.model.execution import PLAIN, Execution
+from t5pegasus.model.layers import Dropout, declare, rms_norm
+from t5pegasus.model.stack import DecoderLayer, EncoderLayer, Stack, head_scale, scan_layers
 from t5pegasus.sharding import constrain
-
-
-class EncoderLayer(nnx.Module):
-    """Self-attention and feed-forward, each behind its norm and added to the stream."""
-
-    def __init__(self, config: ModelConfig):
-        self.epsilon = config.layer_norm_epsilon
-        self.pre_attention_norm = declare(config, "encoder.layers", "embed", gain=True)
-        self.self_attention = Attention(config, "encoder.self")
-        self.pre_mlp_norm = declare(config, "encoder.layers", "embed", gain=True)
-        self.mlp = FeedForward(config, "encoder")
-
-    def __call__(self, x: jax.Array, mask: jax.Array, bias: jax.Array, dropout: Dropout) -> jax.Array:
-        """X [b, s, embed], mask bool [b, s, s], bias [1, heads, s, s] → [b, s, embed]."""
-        normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
-        keys, values = self.self_attention.project_keys_values(normed)
-        x += dropout(self.self_attention.attend(normed, keys, values, mask, bias, dropout), "self_output")
-        x += dropout(self.mlp(rms_norm(x, self.pre_mlp_norm[...], self.epsilon), dropout), "mlp_output")
-        return constrain(x, "batch", "length", "hidden")
-
-
-class DecoderLayer(nnx.Module):
-    """Causal self-attention, cross-attention, feed-forward."""
-
-    def __init__(self, config: ModelConfig):
-        self.epsilon = config.layer_norm_epsilon
-        self.pre_attention_norm = declare(config, "decoder.layers", "embed", gain=True)
-        self.self_attention = Attention(config, "decoder.self")
-        self.pre_cross_attention_norm = declare(config, "decoder.layers", "embed", gain=True)
-        self.cross_attention = Attention(config, "decoder.cross")
-        self.pre_mlp_norm = declare(config, "decoder.layers", "embed", gain=True)
-        self.mlp = FeedForward(config, "decoder")
-
-    def __call__(
-        self,
-        x: jax.Array,
-        self_keys_values: Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array]],
-        self_mask: jax.Array,
-        bias: jax.Array,
-        cross_keys_values: tuple[jax.Array, jax.Array],
-        cross_mask: jax.Array,
-        cross_bias: jax.Array | None,
-        dropout: Dropout,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """X [b, t, embed] → the same, and the self-attention keys and values that were attended to.
-
-        `self_keys_values` turns the keys and values of x into those to attend to: the identity in training, an
-        update of the cache in decoding. Masks are bool [b, t, s], biases [1 or b, heads, t, s].
-        """
-        normed = rms_norm(x, self.pre_attention_norm[...], self.epsilon)
-        attended = self_keys_values(*self.self_attention.project_keys_values(normed))
-        x += dropout(self.self_attention.attend(normed, *attended, self_mask, bias, dropout), "self_output")
-        normed = rms_norm(x, self.pre_cross_attention_norm[...], self.epsilon)
-        crossed = self.cross_attention.attend(normed, *cross_keys_values, cross_mask, cross_bias, dropout)
-        x += dropout(crossed, "cross_output")
-        x += dropout(self.mlp(rms_norm(x, self.pre_mlp_norm[...], self.epsilon), dropout), "mlp_output")
-        return constrain(x, "batch", "length", "hidden"), attended
-
-
-class Stack(nnx.Module):
-    """The layers of one side, their relative bias table and the norm after the last."""
-
-    def __init__(self, config: ModelConfig, side: str):
-        self.layers = EncoderLayer(config) if side == "encoder" else DecoderLayer(config)
-        self.relative_bias = declare_relative_bias(config, side)
-        if side == "decoder" and config.tie_word_embeddings:
-            self.final_norm = declare(
-                config, "embed", gain=True, size_powers=_head_scale(config), meets_written=("embed",)
-            )
-        else:
-            self.final_norm = declare(config, "embed", gain=True)
-
-
-def _head_scale(config: ModelConfig) -> tuple[tuple[str, float], ...]:
-    return (("embed", -0.5),) if config.scale_decoder_outputs else ()
-
-
-def _scan_layers(layer: nnx.Module, body: Callable, x: jax.Array, per_layer: Any) -> tuple[jax.Array, Any]:
-    """Run `body(layer, index, x, slice of per_layer) -> (x, output)` over the stacked layers."""
-    graph, stacked = nnx.split(layer)
-    depth = jax.tree.leaves(stacked)[0].shape[0]
-
-    def step(x: jax.Array, inputs: Any) -> tuple[jax.Array, Any]:
-        index, weights, rest = inputs
-        return body(nnx.merge(graph, weights), index, x, rest)
-
-    return jax.lax.scan(step, x, (jnp.arange(depth), stacked, per_layer))
 
 
 class T5(nnx.Module):
     """The model. Create it through `bind`; see the functions below for parameters by name."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: Any = jnp.float32):
-        self.config = config
-        self.compute_dtype = compute_dtype
+    def __init__(self, config: ModelConfig, compute_dtype: Any = jnp.float32, execution: Execution = PLAIN):
+        self.config, self.compute_dtype, self.execution = config, compute_dtype, execution
         self.token_embedding = declare(config, "vocab", "embed")
-        self.encoder = Stack(config, "encoder")
-        self.decoder = Stack(config, "decoder")
+        self.encoder = Stack(config, "encoder", execution)
+        self.decoder = Stack(config, "decoder", execution)
         if not config.tie_word_embeddings:
-            self.lm_head = declare(config, "embed", "vocab", contracted=("embed",), size_powers=_head_scale(config))
+            self.lm_head = declare(config, "embed", "vocab", contracted=("embed",), size_powers=head_scale(config))
 
     def __call__(self, batch: Batch, dropout_seed: jax.Array | int | None = None) -> jax.Array:
-        """Logits of a batch by teacher forcing, float32 [batch, target, vocab].
+        """Logits of a batch by teacher forcing, float32 [batch, target, vocab]; arguments as of `read`."""
+        return self.logits(self.read(batch, dropout_seed), self.head())
+
+    def read(self, batch: Batch, dropout_seed: jax.Array | int | None = None) -> jax.Array:
+        """What the head turns into logits, [batch, target, embed], by teacher forcing.
 
         Args:
             batch: packed rows.
@@ -132,7 +51,7 @@ class T5(nnx.Module):
         off = Dropout(0.0, None)
         dropout = off if dropout_seed is None else Dropout.of_rows(rate, dropout_seed, batch.row_ids)
         encoded = self.encode(batch.encoder_input_tokens, batch.encoder_segment_ids, dropout.fold(0))
-        return self.decode(
+        return self.decode_states(
             batch.decoder_input_tokens,
             batch.decoder_segment_ids,
             encoded,
@@ -149,11 +68,11 @@ class T5(nnx.Module):
         bias = relative_bias(self.encoder.relative_bias[...], positions, positions, self.config, bidirectional=True)
         mask = _same_segment(segment_ids, segment_ids)
 
-        def body(layer: EncoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return layer(x, mask, bias, dropout.fold(index)), None
+        def body(layer: EncoderLayer, index: jax.Array, x: jax.Array) -> jax.Array:
+            return layer(x, mask, bias, dropout.fold(index))
 
-        x, _ = _scan_layers(self.encoder.layers, body, x, None)
-        return self._finish(x, self.encoder, dropout)
+        x = scan_layers(self.encoder.layers, body, x)
+        return self.execution.gather(self._finish(x, self.encoder, dropout))  # once, not in every decoder layer
 
     def decode(
         self,
@@ -165,7 +84,23 @@ class T5(nnx.Module):
         positions: tuple[jax.Array, jax.Array],
         dropout: Dropout | None = None,
     ) -> jax.Array:
-        """Decoder inputs int32 [b, t] and an encoded source [b, s, embed] → float32 logits [b, t, vocab].
+        """Logits float32 [b, t, vocab]; arguments as of `decode_states`."""
+        x = self.decode_states(
+            tokens, segment_ids, encoded, encoder_segment_ids, positions=positions, dropout=dropout
+        )  # fmt: skip
+        return self.logits(x, self.head())
+
+    def decode_states(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        encoded: jax.Array,
+        encoder_segment_ids: jax.Array,
+        *,
+        positions: tuple[jax.Array, jax.Array],
+        dropout: Dropout | None = None,
+    ) -> jax.Array:
+        """Decoder inputs int32 [b, t] and an encoded source [b, s, embed] → what the head reads, [b, t, embed].
 
         `positions` are those within the segments, of decoder and encoder, int32 [1 or b, t] and [1 or b, s].
         """
@@ -177,18 +112,19 @@ class T5(nnx.Module):
         cross_mask = _same_segment(segment_ids, encoder_segment_ids)
         cross_bias = self.cross_bias(*positions)
 
-        def body(layer: DecoderLayer, index: jax.Array, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        def body(layer: DecoderLayer, index: jax.Array, x: jax.Array) -> jax.Array:
             cross = layer.cross_attention.project_keys_values(encoded)
-            return layer(x, lambda *own: own, causal, bias, cross, cross_mask, cross_bias, dropout.fold(index))[0], None
+            return layer(x, lambda *own: own, causal, bias, cross, cross_mask, cross_bias, dropout.fold(index))[0]
 
-        x, _ = _scan_layers(self.decoder.layers, body, x, None)
-        return self.read_out(x, self.head(), dropout)
+        return self._finish_decoder(scan_layers(self.decoder.layers, body, x), dropout)
 
     def embed(self, tokens: jax.Array, dropout: Dropout | None = None) -> jax.Array:
         """Tokens int32 [b, t] → [b, t, embed]."""
         dropout = dropout or Dropout(0.0, None)
-        x = self.token_embedding[...].astype(self.compute_dtype)[tokens]
-        return constrain(dropout(x, "embedding"), "batch", "length", "hidden")
+        x = look_up(
+            self.token_embedding[...], tokens, self.compute_dtype, split_length=self.execution.split_length
+        )  # fmt: skip
+        return self.execution.scatter(dropout(x, "embedding"))
 
     def _finish(self, x: jax.Array, stack: Stack, dropout: Dropout) -> jax.Array:
         return dropout(rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon), "final")
@@ -201,17 +137,21 @@ class T5(nnx.Module):
         return relative_bias(table, positions, encoder_positions, self.config, bidirectional=False)
 
     def head(self) -> jax.Array:
-        """What turns the decoder's output into logits, [embed, vocab] in the compute dtype."""
-        head = self.token_embedding[...].T if self.config.tie_word_embeddings else self.lm_head[...]
-        return head.astype(self.compute_dtype)
+        """What turns the decoder's output into logits, [embed, vocab], in the type of the parameters."""
+        return self.token_embedding[...].T if self.config.tie_word_embeddings else self.lm_head[...]
 
-    def read_out(self, x: jax.Array, head: jax.Array, dropout: Dropout | None = None) -> jax.Array:
-        """The last decoder layer's output [b, t, embed] → float32 logits [b, t, vocab]."""
-        x = self._finish(x, self.decoder, dropout or Dropout(0.0, None))
+    def _finish_decoder(self, x: jax.Array, dropout: Dropout) -> jax.Array:
+        x = self._finish(x, self.decoder, dropout)
+        return x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x
+
+    def read_out(self, x: jax.Array, head: jax.Array) -> jax.Array:
+        """The last decoder layer's output [b, t, embed], without dropout → float32 logits [b, t, vocab]."""
+        return self.logits(self._finish_decoder(x, Dropout(0.0, None)), head)
+
+    def logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
+        """What the head reads, [b, t, embed] → logits [b, t, vocab], float32 at least."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        if self.config.scale_decoder_outputs:
-            x *= self.config.d_model**-0.5
-        logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=wide)
+        logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=wide)
         logits = constrain(logits, "batch", "length", "vocab")
         if self.config.num_masked_tokens == 0:
             return logits
@@ -230,9 +170,11 @@ def _same_segment(query_ids: jax.Array, key_ids: jax.Array) -> jax.Array:
 
 
 @functools.cache
-def _skeleton(config: ModelConfig, compute_dtype: Any) -> tuple[Any, dict[str, tuple[tuple, nnx.Param]]]:
+def _skeleton(
+    config: ModelConfig, compute_dtype: Any, execution: Execution = PLAIN
+) -> tuple[Any, dict[str, tuple[tuple, nnx.Param]]]:
     """The module graph, and by dotted name the path and the (shape-only) variable of each parameter."""
-    graph, state = nnx.split(nnx.eval_shape(lambda: T5(config, compute_dtype)))
+    graph, state = nnx.split(nnx.eval_shape(lambda: T5(config, compute_dtype, execution)))
     return graph, {".".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(state)}
 
 
@@ -263,18 +205,24 @@ def init_parameters(config: ModelConfig, seed: int | jax.Array) -> dict[str, jax
     return {name: draw(name, spec) for name, spec in declare_parameters(config).items()}
 
 
-def bind(config: ModelConfig, parameters: Mapping[str, Any], compute_dtype: Any = jnp.float32) -> T5:
+def bind(
+    config: ModelConfig,
+    parameters: Mapping[str, Any],
+    compute_dtype: Any = jnp.float32,
+    execution: Execution = PLAIN,
+) -> T5:
     """A model that computes with these arrays; cheap, meant to be called inside jitted functions.
 
     Args:
         config: the model's shape.
         parameters: arrays by dotted name.
         compute_dtype: of activations and matrix products; norms, softmax and logits are float32 at least.
+        execution: choices of speed and memory.
 
     Raises:
         ValueError: if the names are not exactly the declared ones.
     """
-    graph, variables = _skeleton(config, jnp.dtype(compute_dtype))
+    graph, variables = _skeleton(config, jnp.dtype(compute_dtype), execution)
     if parameters.keys() != variables.keys():
         different = sorted(parameters.keys() ^ variables.keys())
         raise ValueError(f"parameters do not fit the config; missing or surplus: {', '.join(different[:8])}")

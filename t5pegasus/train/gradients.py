@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind
-from t5pegasus.train.loss import LossSums, smooth_labels, sum_losses
+from t5pegasus.train.execution import resolve_execution
+from t5pegasus.train.head_loss import sum_model_losses
+from t5pegasus.train.loss import LossSums, smooth_labels
 from t5pegasus.train.noise import disturb_decoder_inputs
 
 
@@ -30,10 +32,10 @@ def pure_gradients(
 
         def objective(trained: dict[str, jax.Array], micro: Batch) -> tuple[jax.Array, LossSums]:
             micro = disturb_decoder_inputs(micro, config)
-            logits = bind(config.model, {**parameters, **trained}, compute_dtype)(micro, dropout_seed=config.train.seed)
-            targets, weights = micro.decoder_target_tokens, micro.decoder_loss_weights
-            num_masked = config.model.num_masked_tokens
-            sums = sum_losses(logits, targets, weights, with_uniform=smoothing > 0, num_masked_tokens=num_masked)
+            execution = resolve_execution(config, compute_dtype)
+            model = bind(config.model, {**parameters, **trained}, compute_dtype, execution)
+            seed = config.train.seed
+            sums = sum_model_losses(model, micro, config, dropout_seed=seed, with_uniform=smoothing > 0)
             return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
@@ -41,11 +43,11 @@ def pure_gradients(
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
         zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
-        return jax.lax.scan(accumulate, zeros, _split_micro(batch, config.train.accumulation_steps))[0]
+        return jax.lax.scan(accumulate, zeros, split_micro(batch, config.train.accumulation_steps))[0]
 
     return find_gradients
 
 
-def _split_micro(batch: Batch, count: int) -> Batch:
+def split_micro(batch: Batch, count: int) -> Batch:
     """[B, …] → [count, B/count, …], every device giving an equal part of its rows to each micro-batch."""
     return jax.tree.map(lambda field: field.reshape(-1, count, *field.shape[1:]).swapaxes(0, 1), batch)

@@ -11,7 +11,9 @@ from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind, declare_parameters
 from t5pegasus.sharding import batch_shardings, param_shardings, place_batch
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
-from t5pegasus.train.loss import LossSums, sum_losses
+from t5pegasus.train.execution import resolve_execution
+from t5pegasus.train.head_loss import sum_model_losses
+from t5pegasus.train.loss import LossSums
 from t5pegasus.train.on_mesh import OnMesh
 
 
@@ -23,8 +25,8 @@ def make_heldout_loss(
     compute_dtype = resolve_compute_dtype(config)
 
     def sums(parameters: dict[str, jax.Array], batch: Batch) -> LossSums:
-        logits = bind(config.model, parameters, compute_dtype)(batch)
-        return sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
+        model = bind(config.model, parameters, compute_dtype, resolve_execution(config, compute_dtype))
+        return sum_model_losses(model, batch, config)
 
     jitted = OnMesh(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
 
