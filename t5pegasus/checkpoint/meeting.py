@@ -60,7 +60,7 @@ class Meeting:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._begun, b"{}\n")
         else:
-            self._wait(self._begun.is_file, "process 0 has not begun")
+            self._wait(self._begun.is_file, "process 0 has not begun", time.monotonic() + self._limit)
 
     def hand_in(self, entries: Files) -> None:
         """Say what this process wrote, on the disk."""
@@ -75,8 +75,9 @@ class Meeting:
     def gather(self) -> dict[str, Any]:
         """The parts of all other processes; the first one calls it."""
         entries: dict[str, Any] = {}
+        deadline = time.monotonic() + self._limit
         for index in range(1, self.count):
-            self._wait(lambda index=index: self._is_in(index), f"process {index} has not handed in its part")
+            self._wait(lambda index=index: self._is_in(index), f"process {index} has not handed in its part", deadline)
             entries |= read_json(self._part(index))
         return entries
 
@@ -93,7 +94,9 @@ class Meeting:
         """
         if self.index == 0:
             return
-        self._wait(lambda: not self._begun.is_file(), "process 0 has not committed it")
+        # Twice the time, so that the first process can say whom it waited for in vain.
+        deadline = time.monotonic() + 2 * self._limit
+        self._wait(lambda: not self._begun.is_file(), "process 0 has not committed it", deadline)
         try:
             committed = read_json(self.path / MANIFEST)["files"]
         except UsageError:
@@ -112,8 +115,7 @@ class Meeting:
     def _failure(self, index: int) -> Path:
         return self._folder / f"{self._token}.failed-{index:05d}.json"
 
-    def _wait(self, is_so: Callable[[], bool], otherwise: str) -> None:
-        deadline = time.monotonic() + self._limit
+    def _wait(self, is_so: Callable[[], bool], otherwise: str, deadline: float) -> None:
         while not is_so():
             if time.monotonic() > deadline:
                 raise OSError(errno.ETIMEDOUT, f"{otherwise} within {self._limit:.0f} s", str(self.path))

@@ -3,31 +3,18 @@
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from t5pegasus.checkpoint import (
-    CheckpointInfo,
     Retention,
     find_last_good,
     finish_saves,
     list_checkpoints,
     remove_old_checkpoints,
-    save_checkpoint,
     verify_checkpoint,
 )
 from t5pegasus.errors import ArtifactError
-
-
-@pytest.fixture
-def save(examples_path, run_config):
-    def save_step(run_path: Path, step: int) -> Path:
-        path = run_path / "checkpoints" / str(step)
-        info = CheckpointInfo(run_config, step, 8 * step, "float32", "f" * 64)
-        save_checkpoint(path, {"parameters.x": np.arange(4.0) + step}, info, examples_path / "tokenizer")
-        return path
-
-    return save_step
+from tests.checkpoint.conftest import save_step
 
 
 def damage(path: Path) -> None:
@@ -35,8 +22,8 @@ def damage(path: Path) -> None:
         file.write(" ")
 
 
-def test_killed_between_the_renames_of_a_save_it_is_finished(save, tmp_path):
-    path = save(tmp_path, 4)
+def test_killed_between_the_renames_of_a_save_it_is_finished(tmp_path):
+    path = save_step(tmp_path, 4)
     shutil.copytree(path, path.with_name("4.superseded"))
     damage(path.with_name("4.superseded"))
     wanted = verify_checkpoint(path)
@@ -46,8 +33,8 @@ def test_killed_between_the_renames_of_a_save_it_is_finished(save, tmp_path):
     assert [each.name for each in path.parent.iterdir()] == ["4"]
 
 
-def test_an_unfinished_save_that_is_not_whole_replaces_nothing(save, tmp_path):
-    path = save(tmp_path, 4)
+def test_an_unfinished_save_that_is_not_whole_replaces_nothing(tmp_path):
+    path = save_step(tmp_path, 4)
     shutil.copytree(path, path.with_name("4.unfinished"))
     damage(path.with_name("4.unfinished"))
     path.with_name("6.unfinished").mkdir()
@@ -56,21 +43,30 @@ def test_an_unfinished_save_that_is_not_whole_replaces_nothing(save, tmp_path):
     assert list_checkpoints(tmp_path) == [path]
 
 
-def test_what_was_just_saved_stays_although_damaged_ones_of_later_steps_are_there(save, tmp_path):
-    save(tmp_path, 4)
-    damage(save(tmp_path, 8))
-    path = save(tmp_path, 6)
+def test_what_was_just_saved_stays_although_damaged_ones_of_later_steps_are_there(tmp_path):
+    save_step(tmp_path, 4)
+    damage(save_step(tmp_path, 8))
+    path = save_step(tmp_path, 6)
     shutil.copytree(path, path.with_name("4.superseded"))
     remove_old_checkpoints(tmp_path, path, Retention(1))
     assert find_last_good(tmp_path) == path
     assert sorted(each.name for each in path.parent.iterdir()) == ["6", "8"]
-    remove_old_checkpoints(tmp_path, save(tmp_path, 8), Retention(1))
+    remove_old_checkpoints(tmp_path, save_step(tmp_path, 8), Retention(1))
     assert [each.name for each in list_checkpoints(tmp_path)] == ["8"]
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(save, tmp_path):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(tmp_path):
     assert find_last_good(tmp_path) is None
-    damage(save(tmp_path, 4))
-    damage(save(tmp_path, 8))
+    damage(save_step(tmp_path, 4))
+    damage(save_step(tmp_path, 8))
     with pytest.raises(ArtifactError, match=r"all of its checkpoints are damaged \(8, 4\).*delete"):
         find_last_good(tmp_path)
+
+
+def test_old_checkpoints_go_by_policy(tmp_path):
+    for step in (2, 4, 6, 8, 10, 12):
+        path = save_step(tmp_path, step)
+    remove_old_checkpoints(tmp_path, path, Retention(last=2, every_steps=4, steps=frozenset({6})))
+    assert [each.name for each in list_checkpoints(tmp_path)] == ["12", "10", "8", "6", "4"]
+    remove_old_checkpoints(tmp_path, path, Retention(last=1))
+    assert [each.name for each in path.parent.iterdir()] == ["12"]
