@@ -147,12 +147,14 @@ def indivisible_sizes(specs: Mapping[str, ParamSpec], mesh: Mesh) -> list[str]:
     )
 
 
-def indivisible_lengths(source_tokens: int, target_tokens: int, mesh: Mesh) -> list[str]:
-    """A sentence for each length of a row that the table would split unevenly."""
+def indivisible_lengths(source_tokens: int, target_tokens: int, mesh: Mesh, *, split_length: bool) -> list[str]:
+    """A sentence for each length of a row that the table would split unevenly, between blocks if not elsewhere."""
     lengths = {"max_source_tokens": source_tokens, "max_target_tokens": target_tokens}
-    splits = _splits("length", mesh)
+    axis = "stream_length" if split_length else "length"
+    splits = _splits(axis, mesh)
+    way_out = "; or leave lengths whole: --train.no-split-length" if split_length else ""
     return [
-        f"data.{field}={size} does not divide over mesh {_names('length')}={splits}: {_nearest(size, splits)}"
+        f"data.{field}={size} does not divide over mesh {_names(axis)}={splits}: {_nearest(size, splits)}{way_out}"
         for field, size in lengths.items()
         if size % splits
     ]
@@ -220,7 +222,9 @@ def check_divides(config: RunConfig, specs: Mapping[str, ParamSpec], mesh: Mesh)
     refuse(
         [
             *indivisible_batch(train.batch_size, train.accumulation_steps, mesh),
-            *indivisible_lengths(data.max_source_tokens, data.max_target_tokens, mesh),
+            *indivisible_lengths(
+                data.max_source_tokens, data.max_target_tokens, mesh, split_length=train.split_length
+            ),
             *indivisible_sizes(specs, mesh),
         ]
     )

@@ -23,7 +23,7 @@ FREE_ON_RESUME = {
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
         "save_every_seconds", "keep_checkpoints", "keep_every_steps", "patience", "compute_dtype", "on_divergence",
         "spike_factor", "spike_window", "max_skips", "max_rollbacks", "sample_every_steps", "num_samples",
-        "profile_steps", "wandb_project",
+        "profile_steps", "wandb_project", "remat", "scan_unroll", "attention", "vocab_chunk", "split_length",
     ),
 }  # fmt: skip
 """What may change when a run continues: the data position counts rows, so batch size is among them; a compute
