@@ -116,10 +116,10 @@ def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]
         # made here.
         if name != mark and not name.startswith((*others, "packing", ".")):
             listed.setdefault(name, {}).setdefault("bytes", size)
-        if strange := [name for name in listed if name.startswith("/") or ".." in name.split("/")]:
-            raise ArtifactError(f"{path / mark}: {strange[0]!r} is no name of a file in it; do not use this artifact")
-        if absent := [name for name, entry in listed.items() if "bytes" not in entry]:
-            raise ArtifactError(f"{path}: file {absent[0]} is missing; copy the artifact anew")
+    if strange := [name for name in listed if name.startswith("/") or ".." in name.split("/")]:
+        raise ArtifactError(f"{path / mark}: {strange[0]!r} is no name of a file in it; do not use this artifact")
+    if absent := [name for name, entry in listed.items() if "bytes" not in entry]:
+        raise ArtifactError(f"{path}: file {absent[0]} is missing; copy the artifact anew")
     return listed
 
 

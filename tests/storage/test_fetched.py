@@ -24,7 +24,9 @@ def _put_examples(folder: Any, **changed: bytes) -> None:
     write_bytes(folder / "heldout" / "manifest.json", b"{}")
     write_bytes(folder / "heldout" / "shard-0", b"apart")
     write_bytes(folder / "packing-1" / "rows.npy", b"made anew")
-    write_bytes(folder / "manifest.json", json.dumps({"shards": shards}).encode())
+    write_bytes(folder / "lengths.npy", b"lengths")
+    lengths = {"lengths_sha256": hashlib.sha256(b"lengths").hexdigest()}
+    write_bytes(folder / "manifest.json", json.dumps({"shards": shards, **lengths}).encode())
 
 
 def test_a_local_path_comes_back_as_it_is(tmp_path: Path):
@@ -35,7 +37,7 @@ def test_an_artifact_is_fetched_once_whatever_its_name(faults: Any, remote: Any)
     _put_examples(remote / "one")
     _put_examples(remote / "two" / "one")
     local = fetch(remote / "one")
-    assert list_files(local).keys() == {*CONTENT, "tokenizer/tokenizer.json", "manifest.json"}
+    assert list_files(local).keys() == {*CONTENT, "lengths.npy", "tokenizer/tokenizer.json", "manifest.json"}
     assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
     faults.calls.clear()
     assert fetch(remote / "one") == local
