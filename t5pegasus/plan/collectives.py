@@ -141,15 +141,21 @@ def _group(instruction: Instruction, num_devices: int) -> tuple[int, ...]:
         ids = np.arange(math.prod(sizes)).reshape(sizes)
         ids = ids.transpose([int(axis) for axis in found[4].split(",")]) if found[4] else ids
         return tuple(int(number) for number in ids.reshape(int(found[1]), int(found[2]))[0])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        return _mesh_group(found[1], found[2])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, ?device_ids=\(([^ ]*)\))? ?\{([^}]*)\}", text):
+        return _mesh_group(found[1], found[2], found[3])
     return tuple(range(num_devices))
 
 
-def _mesh_group(mesh: str, grouped: str) -> tuple[int, ...]:
-    """`mesh['a'=4,'b'=2] {'a'}`, an axis in parts as `'a':(2)2`: the part of size 2 behind one of size 2."""
+def _mesh_group(mesh: str, order: str | None, grouped: str) -> tuple[int, ...]:
+    """`mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`, an axis in parts as `'a':(2)2`: size 2 behind one of 2."""
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    ids = np.arange(math.prod(sizes.values()))
+    if order and (found := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)):
+        ids = ids.reshape([int(size) for size in found[1].split(",")])
+        ids = ids.transpose([int(axis) for axis in found[2].split(",")]) if found[2] else ids
+    elif order:
+        ids = np.array([int(number) for number in order.split(",")])
+    ids = ids.reshape(list(sizes.values()))
     index: list = [0] * len(sizes)
     for name, before, size in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", grouped):
         whole, position = sizes[name], list(sizes).index(name)
