@@ -20,6 +20,7 @@ FLOW = [
     "few-shot",
     "summarize",
     "evaluate",
+    "checkpoint",
     "convert",
     "report",
     "quickstart",
@@ -29,12 +30,12 @@ FLOW = [
 
 @pytest.fixture
 def verb(monkeypatch):
-    """Replace the verb `build` by a function."""
+    """Replace a verb, `build` or another one, by a function."""
 
-    def replace(action):
-        module = type(sys)("launch.verbs.build")
+    def replace(action, name="build"):
+        module = type(sys)(f"launch.verbs.{name}")
         module.main = action
-        monkeypatch.setitem(sys.modules, "launch.verbs.build", module)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
 
     return replace
 
@@ -122,6 +123,17 @@ def test_termination_stops_a_verb_as_an_interrupt_does(verb, capsys):
     assert capsys.readouterr().err == "t5pegasus build: terminated; give the same command again to go on\n"
     assert cleaned == [True]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("name", ["pretrain", "finetune"])
+def test_a_verb_that_saves_has_nothing_to_save_before_it_listens(name, verb, capsys):
+    def wait(_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    verb(wait, name)
+    assert cli.main([name]) == 42
+    assert capsys.readouterr().err == f"t5pegasus {name}: terminated before it had begun; the same command goes on\n"
 
 
 def test_a_bug_shows_its_traceback(verb, capsys):
