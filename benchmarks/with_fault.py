@@ -9,6 +9,7 @@ KIND   kill     SIGKILL to itself                     term, term-twice   SIGTERM
        hold     the same, holding Python's lock       slow               half a second
        full     from here on the disk under RUN/checkpoints is full
        small    from here on no file may grow beyond 20 kB
+       flags    another learning rate than the other processes
 PLACE  restore, compile, data:5, step:5, device:5, evaluate:5, save:5, event:5
                            as the run enters this activity for the first time, or at this step
        save+0.2:5          the same, and 0.2 s later, in a thread
@@ -44,7 +45,7 @@ class InjectedError(Exception):
     """What `raise` raises."""
 
 
-def injure(kind: str) -> None:
+def injure(kind: str) -> None:  # noqa: PLR0912 - a case per kind
     match kind:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
@@ -67,6 +68,8 @@ def injure(kind: str) -> None:
             time.sleep(0.5)
         case "full":
             hear_writes(refuse)
+        case "flags":
+            sys.argv += ["--optimizer.learning-rate", "0.5"]
         case "small":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         case _:
