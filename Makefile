@@ -17,6 +17,7 @@ CREATED := $(VENV)/.created
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_PEERS := $(VENV)/.installed-peers
+INSTALLED_TPU := $(VENV)/.installed-tpu
 
 # Tests spend their time compiling, which takes one core.
 PARALLEL ?= 2
@@ -24,10 +25,10 @@ PARALLEL ?= 2
 # A third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
-.PHONY: help install quickstart test test-parity test-all lint types contracts
+.PHONY: help install quickstart test test-parity test-all test-tpu-compile lint types contracts
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## the t5pegasus command, in .venv/bin
 	@echo "installed: $(VENV)/bin/t5pegasus"
@@ -36,7 +37,7 @@ quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a
 	$(HUGE_PAGES) $(VENV)/bin/t5pegasus quickstart $(ARGS)
 
 test: $(INSTALLED_DEV)  ## the tests, without the slow ones and without other programs
-	$(VENV)/bin/python -m pytest -n $(PARALLEL) --dist loadfile -m "not slow and not peers" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(PARALLEL) --dist loadfile -m "not slow and not peers and not tpu_compile" $(ARGS)
 
 # A missing folder fails here, and so does any test that skips.
 test-parity: $(INSTALLED_DEV)  ## the tests against golden cases in ../shared/data, or in the folder T5PEGASUS_DATA
@@ -45,7 +46,11 @@ test-parity: $(INSTALLED_DEV)  ## the tests against golden cases in ../shared/da
 # The peers are torch, transformers, CTranslate2 and others. On Linux the package index gives torch with CUDA, several
 # GB; PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test-all takes the build for CPUs.
 test-all: $(INSTALLED_PEERS)  ## all tests, also those beside other programs, which are installed for it
-	T5PEGASUS_PEERS=required $(VENV)/bin/python -m pytest $(ARGS)
+	T5PEGASUS_PEERS=required $(VENV)/bin/python -m pytest -m "not tpu_compile" $(ARGS)
+
+# The TPU compiler needs no TPU, but 1.4 GB on the disk and minutes for each program.
+test-tpu-compile: $(INSTALLED_TPU)  ## the train step compiled for TPUs, and what it may not do
+	T5PEGASUS_TPU_COMPILE=required $(VENV)/bin/python -m pytest tests/plan -m tpu_compile $(ARGS)
 
 lint: $(INSTALLED_DEV)  ## style
 	$(VENV)/bin/ruff check .
@@ -81,6 +86,10 @@ $(INSTALLED): pyproject.toml | $(CREATED)
 $(INSTALLED_DEV): pyproject.toml | $(CREATED)
 	$(VENV)/bin/python -m pip install --editable '.[dev]'
 	@touch $@ $(INSTALLED)
+
+$(INSTALLED_TPU): pyproject.toml | $(CREATED)
+	$(VENV)/bin/python -m pip install --editable '.[dev,tpu]'
+	@touch $@ $(INSTALLED) $(INSTALLED_DEV)
 
 $(INSTALLED_PEERS): pyproject.toml | $(CREATED)
 	$(VENV)/bin/python -m pip install --editable '.[dev,peers]'

@@ -116,7 +116,8 @@ def list_devices(topology: Topology) -> list[Any]:
         )
     from jax.experimental import topologies
 
-    # Without these libtpu asks Google Cloud what machine this is, and waits for an answer.
+    # The compiler touches no TPU, so several may run; without the rest it asks Google Cloud what machine this is.
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-16")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
