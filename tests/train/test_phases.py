@@ -10,8 +10,14 @@ import jax
 import numpy as np
 import pytest
 
-from t5pegasus import checkpoint
-from t5pegasus.checkpoint import find_last_good, list_checkpoints, load_arrays, load_checkpoint_info, verify_checkpoint
+from t5pegasus.checkpoint import (
+    find_last_good,
+    folder,
+    list_checkpoints,
+    load_arrays,
+    load_checkpoint_info,
+    verify_checkpoint,
+)
 from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.json_files import read_json
@@ -137,13 +143,13 @@ def manifest_of(step):
 
 
 PLACES = {
-    "while saving the source": (checkpoint, "write_manifest", manifest_of(3)),
+    "while saving the source": (folder, "write_manifest", manifest_of(3)),
     "before growth": (seam, "_measure", lambda _, state: int(state.step) == 3),
     "behind growth, nothing recorded": (seam, "_judge_seam", lambda *_: True),
     "behind growth, all of it recorded": (
         MetricsWriter, "write", lambda _, kind, step, **__: (kind, step) == ("train", 6),
     ),
-    "while saving what grew": (checkpoint, "write_manifest", manifest_of(6)),
+    "while saving what grew": (folder, "write_manifest", manifest_of(6)),
 }  # fmt: skip
 MOST_TELLING = "while saving what grew"
 
