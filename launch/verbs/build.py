@@ -33,6 +33,13 @@ class Build:
     """Folder to write."""
     kind: Literal["pretrain", "pairs"] = "pretrain"
     """pretrain: make pseudo-summaries of documents; pairs: texts come with their summaries."""
+    objective: Literal["pseudo-summary", "span-corruption"] = "pseudo-summary"
+    """pseudo-summary: write the sentences that say most of a document; span-corruption: write the spans cut out of it,
+    drawn anew in every epoch. Both together: two builds, and t5pegasus pretrain --data.mixture."""
+    corruption_rate: float = 0.15
+    """Of span corruption: the share of the tokens that is cut out."""
+    mean_span_tokens: float = 3.0
+    """Of span corruption: how many tokens are cut out in one place, on average."""
     max_source_tokens: int = 384
     """Longest source, with its special tokens; the rest is cut off."""
     max_target_tokens: int = 128
@@ -50,6 +57,9 @@ def main(argv: list[str]) -> None:
     args = parse_command_line(Build, prog="t5pegasus build", args=argv)
     config = BuildConfig(
         kind=args.kind,
+        objective=args.objective,
+        corruption_rate=args.corruption_rate,
+        mean_span_tokens=args.mean_span_tokens,
         max_source_tokens=args.max_source_tokens,
         max_target_tokens=args.max_target_tokens,
         heldout_documents=args.heldout_documents,
@@ -86,10 +96,15 @@ def format_statistics(manifest: dict[str, Any]) -> str:
     num_examples, shards = manifest["num_examples"], len(manifest["shards"])
     lines = [f"documents  {documents['read']:,} read, {documents['kept']:,} kept, {documents['heldout']:,} held out"]
     lines += [f"           {count:,} dropped: {reason}" for reason, count in documents["dropped"].items()]
+    source = f"{manifest['num_source_tokens'] / num_examples:.1f} per {{}} (longest {manifest['max_source_tokens']})"
+    target = f"{manifest['num_target_tokens'] / num_examples:.1f} per target (longest {manifest['max_target_tokens']})"
+    unknown = f"{100 * manifest['num_unknown_tokens'] / num_tokens:.2f} % unknown"
+    if corruption := manifest.get("corruption"):
+        each = f"{source.format('text')}, of which {100 * corruption['rate']:g} % are cut out when a row is read"
+    else:
+        each = f"{source.format('source')}, {target}"
     lines += [
         f"examples   {num_examples:,} in {shards} {'shard' if shards == 1 else 'shards'}",
-        f"tokens     {num_tokens:,}: {manifest['num_source_tokens'] / num_examples:.1f} per source (longest "
-        f"{manifest['max_source_tokens']}), {manifest['num_target_tokens'] / num_examples:.1f} per target (longest "
-        f"{manifest['max_target_tokens']}), {100 * manifest['num_unknown_tokens'] / num_tokens:.2f} % unknown",
+        f"tokens     {num_tokens:,}: {each}, {unknown}",
     ]
     return "\n".join(lines)

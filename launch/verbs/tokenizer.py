@@ -44,6 +44,9 @@ class Train:
     kind: Literal["wordpiece", "sentencepiece", "bert"] = "wordpiece"
     """wordpiece: T5-PEGASUS, dictionary words; sentencepiece: mT5, unigram with byte pieces; bert: Chinese BERT,
     single characters and word pieces, for a vocab.txt that is adopted."""
+    num_sentinels: int = 0
+    """Of kind=sentencepiece: so many of the entries are <extra_id_0>, <extra_id_1>, … for span corruption, e.g. 100;
+    wordpiece lists have [unused1] to [unused99]."""
     from_vocabulary: StoragePath | None = None
     """Adopt this vocab.txt or spiece.model as it is, instead of training."""
 
@@ -121,6 +124,10 @@ def _write_line(record: dict[str, Any]) -> None:
 def _train(args: Train) -> None:
     if (args.from_vocabulary is None) == (not args.input):
         raise UsageError("give either --input FILES to train on, or --from-vocabulary FILE to adopt")
+    if args.num_sentinels < 0 or (args.num_sentinels and (args.kind != "sentencepiece" or args.from_vocabulary)):
+        raise UsageError(
+            f"num_sentinels={args.num_sentinels} must be 0 or more, and is for training kind=sentencepiece only"
+        )
     if args.kind == "bert" and args.from_vocabulary is None:
         raise UsageError("kind=bert is not trained: adopt its vocab.txt by --from-vocabulary, or train kind=wordpiece")
     wanted = {"sentencepiece": ".model", "bert": ".txt"}.get(args.kind)
@@ -164,9 +171,12 @@ def _train_on_documents(args: Train, request: dict[str, Any], output: Path) -> d
 
     dropped: Counter[str] = Counter()
     with Progress("tokenizer: reading", unit="documents") as progress:
-        train = train_wordpiece if args.kind == "wordpiece" else train_sentencepiece
+        documents = _iterate_documents(args.input, dropped, progress)
         try:
-            tokenizer = train(_iterate_documents(args.input, dropped, progress), args.vocab_size)
+            if args.kind == "wordpiece":
+                tokenizer = train_wordpiece(documents, args.vocab_size)
+            else:
+                tokenizer = train_sentencepiece(documents, args.vocab_size, args.num_sentinels)
         except DataError as error:
             raise DataError(f"{error}: {describe_dropped(dropped) or 'the files have none'}") from None
         num_documents = progress.done
@@ -189,7 +199,8 @@ def _describe(args: Train) -> dict[str, Any]:
         tokenizer = adopt_vocabulary(args.from_vocabulary, dictionary=args.kind != "bert")
         return {"from_vocabulary": args.from_vocabulary.name, "fingerprint": tokenizer.fingerprint}
     inputs = [{"file": path.name, "bytes": path.stat().st_size} for path in check_paths(args.input)]
-    return {"kind": args.kind, "vocab_size": args.vocab_size, "inputs": inputs}
+    sentinels = {"num_sentinels": args.num_sentinels} if args.num_sentinels else {}
+    return {"kind": args.kind, "vocab_size": args.vocab_size, **sentinels, "inputs": inputs}
 
 
 def _require_same(request: dict[str, Any], made_by: dict[str, Any], path: Path) -> None:

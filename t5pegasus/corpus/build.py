@@ -11,6 +11,7 @@ What the output contains depends on input, configuration and tokenizer alone, no
 
 import dataclasses
 import fcntl
+import math
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from t5pegasus.corpus.chain import Kind
+from t5pegasus.corpus.chain import Kind, Objective
 from t5pegasus.corpus.engines import count_cores, run_tasks
 from t5pegasus.corpus.exchange import (
     HELDOUT,
@@ -35,12 +36,14 @@ from t5pegasus.corpus.inputs import describe_inputs, estimate_documents
 from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
 from t5pegasus.corpus.units import Unit, UnitResult, UnitWork, cut_units, result_path
 from t5pegasus.data.shards import LENGTHS, MANIFEST, Shard, save_array, write_manifest
+from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.json_files import read_json, write_json
 from t5pegasus.progress import Progress
 from t5pegasus.storage import fetch, is_remote, open_path, publish, require_unused, staged_path
 from t5pegasus.text.read import check_paths, describe_dropped, read_documents
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer
+from t5pegasus.text.tokenizer.sentinels import find_sentinels
 
 PIPELINE = 2
 """Raised when the same input and configuration would give other examples."""
@@ -61,6 +64,12 @@ class BuildConfig:
     """Documents kept apart for evaluation, in the folder `heldout` inside the output."""
     seed: int = 0
     """Of the order of the examples and the choice of held-out documents."""
+    objective: Objective = "pseudo-summary"
+    """What is learned from documents: to write their pseudo-summary, or the spans cut out of them."""
+    corruption_rate: float = 0.15
+    """Of span corruption: the share of the tokens that is cut out."""
+    mean_span_tokens: float = 3.0
+    """Of span corruption: how many tokens are cut out in one place, on average."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_source_tokens", 3), ("max_target_tokens", 2), ("heldout_documents", 0)):
@@ -70,6 +79,22 @@ class BuildConfig:
             raise UsageError(f"seed={self.seed} must lie in [0, 2^32)")
         if self.kind not in ("pretrain", "pairs"):
             raise UsageError(f"kind={self.kind!r} is unknown; choose 'pretrain' or 'pairs'")
+        if self.objective not in ("pseudo-summary", "span-corruption"):
+            raise UsageError(f"objective={self.objective!r} is unknown; choose 'pseudo-summary' or 'span-corruption'")
+        if self.kind == "pairs" and self.objective != "pseudo-summary":
+            raise UsageError(f"objective={self.objective} is for documents; leave it out for kind=pairs")
+        if not 0 < self.corruption_rate < 1:
+            raise UsageError(f"corruption_rate={self.corruption_rate} must lie between 0 and 1")
+        if not 1 <= self.mean_span_tokens < math.inf:
+            raise UsageError(f"mean_span_tokens={self.mean_span_tokens} must be at least 1")
+
+    def to_json(self) -> dict[str, Any]:
+        """What manifests keep; what is of one objective alone only there."""
+        fields = dataclasses.asdict(self)
+        if self.objective == "pseudo-summary":
+            for name in ("objective", "corruption_rate", "mean_span_tokens"):
+                del fields[name]
+        return fields
 
 
 def build_examples(
@@ -103,10 +128,11 @@ def build_examples(
     tokenizer = load_tokenizer(tokenizer_path)
     request = {
         "pipeline": PIPELINE,
-        **dataclasses.asdict(config),
+        **config.to_json(),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "inputs": describe_inputs(paths),
     }
+    corruption = _plan_corruption(config, tokenizer) if config.objective == "span-corruption" else None
     num_workers = count_cores() if num_workers is None else num_workers
     if num_workers < 1:
         raise UsageError(f"num_workers={num_workers} must be at least 1")
@@ -120,14 +146,15 @@ def build_examples(
             max_target_tokens=config.max_target_tokens,
             seed=config.seed,
             folder=work / "units",
+            corruption=corruption,
         )
         num_units, documents = _make_units(paths, units, num_workers)
         documents = _write_shards(work, documents, num_units, config, tokenizer.unk_id, num_workers)
         if config.heldout_documents:
             num_heldout = config.heldout_documents
             held = {"read": num_heldout, "kept": num_heldout, "heldout": 0, "dropped": {}}
-            _complete(work, HELDOUT, {**request, "split": "heldout"}, held, tokenizer)
-        _complete(work, TRAIN, {**request, "split": "train"}, documents, tokenizer)
+            _complete(work, HELDOUT, {**request, "split": "heldout"}, held, tokenizer, corruption)
+        _complete(work, TRAIN, {**request, "split": "train"}, documents, tokenizer, corruption)
         publish(_folder_of(work, TRAIN), output)
     return True
 
@@ -266,7 +293,14 @@ def _write_shards(
     return {**account, "kept": num_kept, "heldout": num_heldout, "dropped": dropped}
 
 
-def _complete(work: Path, fate: int, config: dict[str, Any], documents: dict[str, Any], tokenizer: Tokenizer) -> None:
+def _complete(
+    work: Path,
+    fate: int,
+    config: dict[str, Any],
+    documents: dict[str, Any],
+    tokenizer: Tokenizer,
+    corruption: SpanCorruption | None,
+) -> None:
     """Step 4 for one folder whose shards are there."""
     folder = _folder_of(work, fate)
     for leftover in [*folder.glob(".*"), *folder.glob("tokenizer*")]:  # of a try that was killed here
@@ -287,4 +321,23 @@ def _complete(work: Path, fate: int, config: dict[str, Any], documents: dict[str
         pad_id=tokenizer.pad_id,
         start_id=tokenizer.start_id,
         end_id=tokenizer.end_id,
+        corruption=corruption,
     )
+
+
+def _plan_corruption(config: BuildConfig, tokenizer: Tokenizer) -> SpanCorruption:
+    """How texts will be corrupted, with as many sentinels as the longest of them needs.
+
+    Raises:
+        UsageError: if the tokenizer lacks sentinels, or no text fits the lengths.
+    """
+    prefix_ids = tuple(tokenizer.encode_source("", 2)[:-1])
+    plan = SpanCorruption(config.corruption_rate, config.mean_span_tokens, (), prefix_ids, tokenizer.end_id)
+    longest = plan.longest(config.max_source_tokens, config.max_target_tokens)
+    if longest < 3:  # so that pieces of about the same length have 2 tokens at least
+        raise UsageError(
+            f"max_source_tokens={config.max_source_tokens} and max_target_tokens={config.max_target_tokens} leave no "
+            "room for a text of span corruption; give more"
+        )
+    num_spans = int(plan.count(np.array(longest))[1])
+    return plan._replace(sentinel_ids=find_sentinels(tokenizer, num_spans))

@@ -18,6 +18,7 @@ import numpy as np
 from t5pegasus.corpus.chain import Chain, DocumentExamples, Kind
 from t5pegasus.data.records import token_dtype
 from t5pegasus.data.shards import save_array
+from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.json_files import read_json, write_json
 from t5pegasus.text.read import Document
 from t5pegasus.text.shuffle import order_key
@@ -46,11 +47,13 @@ class UnitWork:
     seed: int
     folder: Path
     """Where results go."""
+    corruption: SpanCorruption | None = None
+    """None for sources with their targets."""
 
     def start(self) -> Callable[[Unit], int]:
         """A function that makes and stores the examples of a unit and gives the number of documents."""
         tokenizer = load_tokenizer(self.tokenizer_path)
-        chain = Chain(self.kind, tokenizer, self.max_source_tokens, self.max_target_tokens)
+        chain = Chain(self.kind, tokenizer, self.max_source_tokens, self.max_target_tokens, self.corruption)
         dtype = token_dtype(tokenizer.vocab_size)
         return functools.partial(_work_off, work=self, chain=chain, dtype=dtype)
 

@@ -6,6 +6,7 @@ import functools
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -308,3 +309,60 @@ def test_real_text_builds(tmp_path, shared_data):
     with ExampleShards(tmp_path / "examples") as shards:
         documents = shards.manifest["documents"]
         assert documents["kept"] == len(shards) > 0.9 * documents["read"]
+
+
+@pytest.fixture(scope="module")
+def sentinel_tokenizer_path(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentinels")
+    unused = [f"[unused{number}]" for number in range(1, 30)]
+    vocabulary = ["[PAD]", *reversed(unused), "[UNK]", "[CLS]", "[SEP]", "。", *CHARACTERS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    adopt_vocabulary(folder / "vocab.txt").save(folder / "saved")
+    return folder / "saved"
+
+
+SPANS = dataclasses.replace(CONFIG, objective="span-corruption", max_source_tokens=60, max_target_tokens=20)
+
+
+def test_texts_to_corrupt_are_the_documents_in_pieces_that_fit_a_row(corpus, texts, sentinel_tokenizer_path, tmp_path):
+    build_examples([corpus], sentinel_tokenizer_path, tmp_path / "one", SPANS, num_workers=1)
+    build_examples([corpus], sentinel_tokenizer_path, tmp_path / "two", SPANS, num_workers=2)
+    assert read_tree(tmp_path / "two") == read_tree(tmp_path / "one")
+    tokenizer = load_tokenizer(sentinel_tokenizer_path)
+    with ExampleShards(tmp_path / "one") as shards, ExampleShards(tmp_path / "one" / "heldout") as held:
+        assert shards.manifest["config"]["objective"] == "span-corruption"
+        corruption = shards.corruption
+        assert corruption == held.corruption
+        assert [tokenizer.token(index) for index in corruption.sentinel_ids[:2]] == ["[unused1]", "[unused2]"]
+        assert corruption.prefix_ids == (tokenizer.start_id,)
+        longest = corruption.longest(60, 20)
+        assert len(corruption.sentinel_ids) == corruption.count(np.array(longest))[1]
+        pieces = [each.source for folder in (shards, held) for each in folder.read(range(len(folder)))]
+        assert all(len(each.target) == 0 for each in shards.read(range(len(shards))))
+    assert max(map(len, pieces)) <= longest < 2 * min(map(len, pieces))
+    characters = Counter("".join(tokenizer.decode(piece.tolist()) for piece in pieces).replace(" ", ""))
+    assert characters == Counter("".join(texts))
+
+
+def test_what_span_corruption_cannot_do_is_said(corpus, tokenizer_path, sentinel_tokenizer_path, reference, tmp_path):
+    with pytest.raises(UsageError, match=r"has 0 of the \d+ tokens \[unused1\]"):
+        build_examples([corpus], tokenizer_path, tmp_path / "examples", SPANS, num_workers=1)
+    long = dataclasses.replace(SPANS, max_source_tokens=2000, max_target_tokens=900)
+    with pytest.raises(UsageError, match=r"has 29 of the .* make shorter rows"):
+        build_examples([corpus], sentinel_tokenizer_path, tmp_path / "examples", long, num_workers=1)
+    for fields, message in (
+        ({"kind": "pairs"}, "is for documents"),
+        ({"corruption_rate": 1.0}, "corruption_rate=1.0"),
+        ({"mean_span_tokens": 0.5}, "mean_span_tokens=0.5"),
+        ({"objective": "prefix"}, "objective='prefix'"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            dataclasses.replace(SPANS, **fields)
+    short = dataclasses.replace(SPANS, max_target_tokens=2)
+    with pytest.raises(UsageError, match="max_target_tokens=2"):
+        build_examples([corpus], sentinel_tokenizer_path, tmp_path / "examples", short, num_workers=1)
+    shutil.copytree(reference, tmp_path / "reference")
+    other = dataclasses.replace(CONFIG, objective="span-corruption")
+    with pytest.raises(ArtifactError, match="objective"):  # another objective is another folder
+        build_examples([corpus], sentinel_tokenizer_path, tmp_path / "reference", other, num_workers=1)
+    assert "objective" not in json.loads((reference / "manifest.json").read_text(encoding="utf-8"))["config"]

@@ -96,11 +96,14 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int) -> Wordpiece
     return WordpieceTokenizer([*SPECIALS, *tokens])
 
 
-def train_sentencepiece(documents: Iterable[Document], vocab_size: int) -> SentencepieceTokenizer:
+def train_sentencepiece(
+    documents: Iterable[Document], vocab_size: int, num_sentinels: int = 0
+) -> SentencepieceTokenizer:
     """A unigram model (Kudo 2018) with mT5's specials: pad 0, end 1, unknown 2, then 256 byte pieces.
 
     Text is taken as it is (no NFKC, unlike mT5's own model), so full-width punctuation survives; byte pieces
-    spell every character that is not in the vocabulary, so nothing is unknown.
+    spell every character that is not in the vocabulary, so nothing is unknown. Of the entries, the last
+    `num_sentinels` are `<extra_id_0>` and so on, from the end, as in T5's models.
 
     Raises:
         UsageError: if `vocab_size` is below or above what the documents allow; the message states the bound.
@@ -114,7 +117,7 @@ def train_sentencepiece(documents: Iterable[Document], vocab_size: int) -> Sente
             sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="unigram",
-            vocab_size=vocab_size,
+            vocab_size=vocab_size - num_sentinels,
             pad_id=0,
             eos_id=1,
             unk_id=2,
@@ -133,13 +136,17 @@ def train_sentencepiece(documents: Iterable[Document], vocab_size: int) -> Sente
         if sentences.count == 0:
             raise DataError("the documents have no text to train a tokenizer on") from None
         if at_least := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            bound = f"too small: characters, bytes and specials alone are {at_least[1]} entries; give more"
+            fewest = int(at_least[1]) + num_sentinels
+            bound = f"too small: characters, bytes and specials alone are {fewest} entries; give more"
         elif at_most := re.search(r"too high .* <= (\d+)", str(error)):
-            bound = f"too large: the documents give {at_most[1]} entries at most; give more documents or a smaller size"
+            most = int(at_most[1]) + num_sentinels
+            bound = f"too large: the documents give {most} entries at most; give more documents or a smaller size"
         else:
             raise
         raise UsageError(f"vocab_size={vocab_size} is {bound}") from None
-    return SentencepieceTokenizer(model.getvalue())
+    tokenizer = SentencepieceTokenizer(model.getvalue())
+    sentinels = [f"<extra_id_{number}>" for number in reversed(range(num_sentinels))]
+    return tokenizer.extend(sentinels) if sentinels else tokenizer
 
 
 def measure_coverage(tokenizer: Tokenizer, documents: Iterable[Document]) -> dict[str, float]:
