@@ -15,7 +15,7 @@ from t5pegasus.config import ModelConfig, RunConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.presets import PRESETS, preset
-from t5pegasus.storage import is_remote
+from t5pegasus.storage import is_remote, open_path
 
 if TYPE_CHECKING:
     from growth.choices import Choices
@@ -269,7 +269,7 @@ def find_examples(checkpoint: Path) -> Path | None:
     from t5pegasus.train.run import load_run_record
 
     record = load_run_record(checkpoint.parent.parent) if checkpoint.parent.name == "checkpoints" else None
-    return None if record is None or record[1]["examples_path"] is None else Path(record[1]["examples_path"])
+    return None if record is None or record[1]["examples_path"] is None else open_path(record[1]["examples_path"])
 
 
 def _next_command(grown: Path, examples_path: Path | None, step: int, *, new_tokenizer: bool) -> str:
