@@ -27,3 +27,9 @@ class RunConfig(Record):
             f"optimizer.warmup_steps={optimizer.warmup_steps} and decay_steps={optimizer.decay_steps} do not fit into "
             f"train.steps={steps}; shorten them, or train longer",
         )
+        require(
+            not (optimizer.accumulate_in_moments and self.train.on_divergence == "skip"),
+            "train.on_divergence=skip with optimizer.accumulate_in_moments: the moments of before would have to be "
+            "kept until the loss is known, which takes more memory than is saved; choose abort or rollback, or leave "
+            "accumulate_in_moments out",
+        )

@@ -12,13 +12,13 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.sharding import batch_shardings, check_divides
+from t5pegasus.train.accumulation import pure_update
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.divergence import judge_update, spike_window
 from t5pegasus.train.ema import update_ema
-from t5pegasus.train.gradients import pure_gradients
-from t5pegasus.train.groups import frozen_parameters, learning_rate_factors
 from t5pegasus.train.loss import smooth_labels
 from t5pegasus.train.on_mesh import OnMesh
-from t5pegasus.train.optimizer import apply_optimizer, keep_frozen, make_schedule, weighted_norm
+from t5pegasus.train.optimizer import make_schedule
 from t5pegasus.train.state import TrainState, state_shardings
 
 Metrics = dict[str, jax.Array]
@@ -30,11 +30,11 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> OnMesh:
     Raises:
         UsageError: if batch or model sizes do not divide over the mesh.
     """
-    check_batch_divides(config.train.batch_size, config.train.accumulation_steps, mesh)
     specs = declare_parameters(config.model)
-    update = pure_train_step(config, specs, resolve_compute_dtype(config))
     check_divides(config, specs, mesh)
-    shardings = state_shardings(specs, mesh, config.optimizer, with_ema=config.train.ema_decay > 0)
+    update = pure_train_step(config, specs, resolve_compute_dtype(config))
+    kept: dict[str, Any] = {"with_ema": config.train.ema_decay > 0, "window": spike_window(config.train)}
+    shardings = state_shardings(specs, mesh, config.optimizer, **kept)
     return OnMesh(
         mesh,
         jax.jit(
@@ -49,40 +49,38 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> OnMesh:
 def pure_train_step(
     config: RunConfig, specs: Mapping[str, ParamSpec], compute_dtype: Any
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The update as a pure function: micro-batch gradients summed, clipped, applied by the optimizer."""
+    """The update as a pure function: found, judged, averaged, and told."""
     schedule = make_schedule(config.optimizer, config.train.steps)
     smoothing = config.train.label_smoothing
-    factors = learning_rate_factors(config.optimizer, specs)
-    frozen = frozen_parameters(factors)
-    find_gradients = pure_gradients(config, compute_dtype)
+    find_update = pure_update(config, specs, compute_dtype)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         total_weight = jnp.maximum(1.0, jnp.sum(batch.decoder_loss_weights))
-        trained = {name: array for name, array in state.parameters.items() if name not in frozen}
-        gradients, sums = find_gradients(trained, state.parameters, batch)
-        gradients = {name: keep_frozen(gradient, 0.0, factors.get(name)) for name, gradient in gradients.items()}
-        norm = weighted_norm(gradients, specs, state.multipliers)
-        clip = jnp.minimum(1.0, config.optimizer.max_grad_norm / (norm + 1e-9))
-        gradients = {name: clip * gradient for name, gradient in gradients.items()}
         learning_rate = schedule(state.step)
-        parameters, moments = apply_optimizer(
-            config.optimizer, specs, state.multipliers, state.parameters, gradients, state.moments, state.step,
-            learning_rate, factors,
-        )  # fmt: skip
+        parameters, moments, sums, norm, norms = find_update(state, batch, learning_rate)
         rows = state.rows + jnp.uint32(len(batch.row_ids))
+        loss = sums.nll / total_weight
+        why, limits, recent = judge_update(config.train, loss, norm, state.recent)
         metrics = {
             "rows": rows,
-            "loss": sums.nll / total_weight,
+            "why": why,
+            **limits,
+            "loss": loss,
             "accuracy": sums.correct / total_weight,
             **({"smoothed_loss": smooth_labels(sums, smoothing) / total_weight} if smoothing else {}),
             "z_loss": sums.z / total_weight,
             "grad_norm": norm,
             "learning_rate": learning_rate,
             "source_tokens": jnp.sum(batch.encoder_segment_ids > 0),
-            "target_tokens": sums.weight,
+            "target_tokens": jnp.sum(batch.decoder_loss_weights > 0),
+            "examples": jnp.sum(jnp.max(batch.decoder_segment_ids, axis=1)),
+            "norms": norms,
         }
         ema = update_ema(config.train, state.ema, parameters, state.step)
-        after = {"step": state.step + 1, "rows": rows, "parameters": parameters, "ema": ema, **moments._asdict()}
-        return state._replace(**after), metrics
+        after = {"parameters": parameters, "ema": ema, **moments._asdict()}
+        if config.train.on_divergence == "skip":
+            before = {group: getattr(state, group) for group in after}
+            after = jax.tree.map(lambda new, old: jnp.where(why == 0, new, old), after, before)
+        return state._replace(step=state.step + 1, rows=rows, recent=recent, **after), metrics
 
     return train_step
