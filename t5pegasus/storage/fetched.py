@@ -20,6 +20,7 @@ from t5pegasus.storage.transfer import NUM_THREADS, PART_BYTES
 from t5pegasus.storage.trees import MARKS
 
 CACHE_VARIABLE = "T5PEGASUS_CACHE"
+MANIFEST = MARKS[0]
 _SPARE_BYTES = 256 << 20
 
 
@@ -55,12 +56,14 @@ def fetch(path: Path, wanted: Callable[[str], bool] | None = None) -> Path:
         return path
     mark, content = _read_mark(path)
     if mark is not None:
-        files = _entries(path, mark, content)
+        files = _entries(path, mark, content, list_files(path))
+        inner = (entry["sha256"] for name, entry in sorted(files.items()) if name.endswith(f"/{MANIFEST}"))
+        identity = b"".join((content, *(digest.encode() for digest in inner)))
     else:
-        files, content = _listed(path)
+        files, identity = _listed(path)
     if wanted is not None:
         files = {name: entry for name, entry in files.items() if wanted(name)}
-    folder = cache_path(os.environ) / "fetched" / hashlib.sha256(content).hexdigest()[:32] / path.name
+    folder = cache_path(os.environ) / "fetched" / hashlib.sha256(identity).hexdigest()[:32] / path.name
     with alone(folder):
         missing = {name: entry for name, entry in files.items() if _size(folder / name) != entry["bytes"]}
         _require_room(path, folder, missing)
@@ -100,7 +103,7 @@ def _listed(path: Any) -> tuple[dict[str, dict[str, Any]], bytes]:
     return {name: {"bytes": info["size"]} for name, info in files.items()}, repr(identity).encode()
 
 
-def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]:
+def _entries(path: Path, mark: str, content: bytes, found: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Size, and where it is known sha256, of every file but the mark: what the manifest lists, then what is there."""
     with reading(path / mark):
         manifest = json.loads(content)
@@ -109,13 +112,17 @@ def _entries(path: Path, mark: str, content: bytes) -> dict[str, dict[str, Any]]
             listed[shard["file"]] = {"bytes": shard["bytes"], "sha256": shard["sha256"]}
         if "lengths_sha256" in manifest:
             listed["lengths.npy"] = {"sha256": manifest["lengths_sha256"]}
-    found = list_files(path)
-    others = tuple(name.removesuffix("manifest.json") for name in found if name.endswith("/manifest.json"))
+    # Artifacts of their own, such as held-out examples.
+    inner = [name.removesuffix(MANIFEST) for name in found if name.count("/") == 1 and name.endswith(f"/{MANIFEST}")]
     for name, size in found.items():
-        # Artifacts of their own, such as held-out examples, are fetched when they are asked for; packing tables are
-        # made here.
-        if name != mark and not name.startswith((*others, "packing", ".")):
+        if name != mark and not name.startswith((*inner, "packing", ".")):  # packing tables are made here
             listed.setdefault(name, {}).setdefault("bytes", size)
+    for prefix in inner:
+        manifest = (path / prefix / MANIFEST).read_bytes()
+        below = {name.removeprefix(prefix): size for name, size in found.items() if name.startswith(prefix)}
+        entries = _entries(path / prefix, MANIFEST, manifest, below)
+        entries[MANIFEST] = {"bytes": len(manifest), "sha256": hashlib.sha256(manifest).hexdigest()}
+        listed |= {prefix + name: entry for name, entry in entries.items()}
     if strange := [name for name in listed if name.startswith("/") or ".." in name.split("/")]:
         raise ArtifactError(f"{path / mark}: {strange[0]!r} is no name of a file in it; do not use this artifact")
     if absent := [name for name, entry in listed.items() if "bytes" not in entry]:

@@ -18,11 +18,12 @@ def _put_examples(folder: Any, **changed: bytes) -> None:
         {"file": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         for name, content in CONTENT.items()
     ]
+    write_bytes(folder / "tokenizer" / "tokenizer.json", b"{}")
+    apart = {"file": "shard-0", "bytes": 5, "sha256": hashlib.sha256(b"apart").hexdigest()}
+    write_bytes(folder / "heldout" / "manifest.json", json.dumps({"shards": [apart]}).encode())
+    write_bytes(folder / "heldout" / "shard-0", changed.pop("heldout", b"apart"))
     for name, content in (CONTENT | changed).items():
         write_bytes(folder / name, content)
-    write_bytes(folder / "tokenizer" / "tokenizer.json", b"{}")
-    write_bytes(folder / "heldout" / "manifest.json", b"{}")
-    write_bytes(folder / "heldout" / "shard-0", b"apart")
     write_bytes(folder / "packing-1" / "rows.npy", b"made anew")
     write_bytes(folder / "lengths.npy", b"lengths")
     lengths = {"lengths_sha256": hashlib.sha256(b"lengths").hexdigest()}
@@ -37,7 +38,8 @@ def test_an_artifact_is_fetched_once_whatever_its_name(faults: Any, remote: Any)
     _put_examples(remote / "one")
     _put_examples(remote / "two" / "one")
     local = fetch(remote / "one")
-    assert list_files(local).keys() == {*CONTENT, "lengths.npy", "tokenizer/tokenizer.json", "manifest.json"}
+    described = {"lengths.npy", "tokenizer/tokenizer.json", "manifest.json"}
+    assert list_files(local).keys() == {*CONTENT, *described, "heldout/shard-0", "heldout/manifest.json"}
     assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
     faults.calls.clear()
     assert fetch(remote / "one") == local
@@ -64,6 +66,18 @@ def test_a_damaged_file_is_named_and_not_kept(remote: Any, own_cache: Path):
     assert [path for path in own_cache.rglob("shard-1*") if path.is_file()] == []
 
 
+def test_what_lies_inside_is_verified_by_its_own_manifest(remote: Any):
+    _put_examples(remote, heldout=b"wrong")
+    with pytest.raises(ArtifactError, match="heldout/shard-0: sha256 is"):
+        fetch(remote)
+    write_bytes(remote / "heldout" / "shard-0", b"apart")
+    first = fetch(remote)
+    write_bytes(remote / "heldout" / "manifest.json", b"{}")
+    write_bytes(remote / "heldout" / "shard-0", b"other")
+    assert (first / "heldout" / "shard-0").read_bytes() == b"apart"
+    assert (fetch(remote) / "heldout" / "shard-0").read_bytes() == b"other"
+
+
 def test_what_is_not_there_or_not_whole_is_named(remote: Any):
     with pytest.raises(ArtifactError, match=f"{remote}/none does not exist"):
         fetch(remote / "none")
@@ -81,32 +95,38 @@ def test_a_manifest_cannot_name_files_outside_its_folder(remote: Any):
             fetch(remote)
 
 
+NUM_MANIFESTS = 2  # read each time
+
+
 def test_a_fetch_that_was_cut_off_goes_on_where_it_was(faults: Any, remote: Any, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fetched, "PART_BYTES", 1000)
+    monkeypatch.setattr(fetched, "NUM_THREADS", 1)
     _put_examples(remote)
-    parts = ("cat_file", None, None, None, None)
-    faults.plan(*parts, forever=TimeoutError("no answer"))
+    faults.plan("cat_file", *[None] * (NUM_MANIFESTS + 3), forever=TimeoutError("no answer"))
     with pytest.raises(OSError, match="no answer"):
         fetch(remote)
     faults.plan("cat_file")
     faults.calls.clear()
     local = fetch(remote)
     assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
-    num_parts = sum(len(content) // 1000 for content in CONTENT.values()) + 1  # and the tokenizer
-    assert faults.count("cat_file") - 1 < num_parts  # without the manifest's
+    num_parts = 10 + 6 + 3  # of the two shards, and of three small files
+    assert faults.count("cat_file") == NUM_MANIFESTS + num_parts - 3
 
 
-def test_what_a_cut_off_fetch_left_is_verified_too(remote: Any, own_cache: Path, faults: Any):
+def test_what_a_cut_off_fetch_left_is_verified_too(
+    remote: Any, own_cache: Path, faults: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(fetched, "NUM_THREADS", 1)
     _put_examples(remote)
-    faults.plan("cat_file", None, forever=TimeoutError("no answer"))
+    faults.plan("cat_file", *[None] * NUM_MANIFESTS, forever=TimeoutError("no answer"))
     with pytest.raises(OSError, match="no answer"):
         fetch(remote)
     faults.plan("cat_file")
-    (part,) = own_cache.rglob("shard-1.part")
+    (part,) = own_cache.rglob("shard-0.part")
     part.write_bytes(b"wrong")
-    with pytest.raises(ArtifactError, match="shard-1: sha256"):
+    with pytest.raises(ArtifactError, match="shard-0: sha256"):
         fetch(remote)
-    assert (fetch(remote) / "shard-1").read_bytes() == CONTENT["shard-1"]
+    assert (fetch(remote) / "shard-0").read_bytes() == CONTENT["shard-0"]
 
 
 def test_of_several_at_once_one_fetches(faults: Any, remote: Any):
@@ -119,7 +139,7 @@ def test_of_several_at_once_one_fetches(faults: Any, remote: Any):
         thread.join()
     assert len(set(found)) == 1
     assert len(found) == 4
-    assert sum("shard" in name for operation, name in faults.calls if operation == "cat_file") == len(CONTENT)
+    assert sum("place/shard" in name for operation, name in faults.calls if operation == "cat_file") == len(CONTENT)
 
 
 def test_a_disk_without_room_is_told_before_it_is_full(remote: Any, monkeypatch: pytest.MonkeyPatch):
