@@ -109,7 +109,7 @@ def test_a_fetch_that_was_cut_off_goes_on_where_it_was(faults: Any, remote: Any,
     faults.calls.clear()
     local = fetch(remote)
     assert all((local / name).read_bytes() == content for name, content in CONTENT.items())
-    num_parts = 10 + 6 + 3  # of the two shards, and of three small files
+    num_parts = 10 + 6 + 4  # of the two shards, and of four small files
     assert faults.count("cat_file") == NUM_MANIFESTS + num_parts - 3
 
 
