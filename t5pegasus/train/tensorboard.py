@@ -26,11 +26,15 @@ class EventFile:
         self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Write numbers by tag."""
+        """Write numbers by tag, as one event: each event is flushed to the disk."""
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue] - made at run time
         from tensorboardX.summary import scalar
 
+        summary = Summary()
         for tag, value in scalars.items():
-            self._write(step=step, summary=scalar(tag, value))
+            summary.MergeFrom(scalar(tag, value))
+        if scalars:
+            self._write(step=step, summary=summary)
 
     def write_text(self, step: int, tag: str, markdown: str) -> None:
         """Write a text."""
