@@ -53,12 +53,14 @@ Check = Callable[[], None]
 
 
 def make_check(agreement: Agreement, control: Control) -> Check:
-    """A check for one piece of work; like the loop's it learns of a request one call late."""
+    """A check for one piece of work; of several processes it learns of a request one call late, as the loop does."""
     known = agreement.ask(control.requests)
 
     def check() -> None:
         nonlocal known
         asked, known = known, agreement.ask(control.requests)
+        if isinstance(known, Request):  # of a process alone
+            asked = known
         if Request.STOP in agreement.read(asked):
             raise StopAgreedError
 

@@ -6,11 +6,12 @@ each, without any service. Wall time is the sum of all parts: what an attempt sp
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from t5pegasus.errors import writing
+from t5pegasus.train.control import Control
 
 FILE = "goodput.jsonl"
 PARTS = {
@@ -82,20 +83,32 @@ class Goodput:
         self._first_step: int | None = None
         self._written = -float("inf")
 
-    def begin(self, folder: Path, step: int, seconds: Mapping[str, float]) -> None:
+    def begin(self, folder: Path, step: int, control: Control) -> Callable[..., None]:
         """Take up the account; called again when the attempt goes back to a checkpoint.
 
         Args:
             folder: of the run.
             step: updates that the attempt goes on from.
-            seconds: by activity, so far.
+            control: that counts its time.
+
+        Returns:
+            What brings the file up to date at the end, as an exit of `contextlib.ExitStack`.
         """
-        if self._path is not None:
-            return
-        self._path, self._first_step = folder / FILE, step
-        self._earlier = read_attempts(folder)
-        if self._earlier:
-            self._down = max(0.0, time.time() - sum(seconds.values()) - self._earlier[-1]["updated"])
+        if self._path is None:
+            self._first_step, self._earlier = step, read_attempts(folder)
+            if self._earlier:
+                spent = sum(control.spent().values())
+                self._down = max(0.0, time.time() - spent - self._earlier[-1]["updated"])
+        self._path = folder / FILE
+
+        def end(kind: Any, error: BaseException | None, trace: Any) -> None:
+            try:
+                self.write(control.activity.step, control.spent(), at_once=True)
+            except OSError:
+                if error is None:  # what failed first is what is reported
+                    raise
+
+        return end
 
     def lose(self, records: Iterable[Json], step: int) -> None:
         """Count updates behind `step` as lost: those of `train` records that are made again."""
@@ -103,7 +116,7 @@ class Goodput:
             if record["kind"] != "train" or not record.get("updates"):
                 continue
             updates = record["updates"]  # of one attempt, the last ones of its interval
-            again = min(updates, record["step"] - step)
+            again = min(updates, max(0, record["step"] - step))
             self._lost_steps += again
             self._lost_seconds += record["time"]["step"] * again / updates
 

@@ -36,13 +36,10 @@ class Logbook:
 
     @contextlib.contextmanager
     def progress(self, step: int) -> Iterator[None]:
-        """Show the terminal's line inside, and bring the account of time up to date at the end."""
-        try:
-            with self._progress as progress:
-                progress.skip(step)
-                yield
-        finally:
-            self.keep_account(at_once=True)
+        """Show the terminal's line inside."""
+        with self._progress as progress:
+            progress.skip(step)
+            yield
 
     def advance(self) -> None:
         """One more update is on its way."""
@@ -56,12 +53,7 @@ class Logbook:
         loss = f"loss {record['loss']:.3f}" if "loss" in record else "no update applied"
         speed = f"{format_count(record['tokens_per_second'])} tokens/s, MFU {100 * record['mfu']:.1f} %"
         self._progress.detail = f"{loss}, {speed}"
-        self.keep_account()
-
-    def keep_account(self, *, at_once: bool = False) -> None:
-        """Bring goodput.jsonl up to date, unless that was just done."""
-        if self.metrics.writes:
-            self.goodput.write(self.control.activity.step, self.control.spent(), at_once=at_once)
+        self.goodput.write(step, self.control.spent())
 
     def judge(self, step: int, numbers: Mapping[str, Any], course: Course) -> Course:
         """Write down a bad update, and decide what becomes of the run.

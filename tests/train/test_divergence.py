@@ -1,4 +1,4 @@
-"""Laws of numerical safety: a bad update is skipped, gone back behind, or the end, always on record, and replayed alike."""
+"""Laws of numerical safety: a bad update is skipped, gone back behind, or the end; always on record, replayed alike."""
 
 import contextlib
 import dataclasses
