@@ -29,8 +29,10 @@ from t5pegasus.train.control import Control, Request
 
 logger = logging.getLogger("t5pegasus.attempt")
 
-_LINGER_SECONDS = 3.0
+_LINGER_SECONDS = 10.0
 """Process 0 carries the service whose end JAX answers by aborting all others: they are to end of themselves before."""
+_CULPRIT_SECONDS = 3.0
+"""For another process's end to show, where it may be the reason of a failure."""
 _INTERRUPT_SECONDS = 10.0
 
 
@@ -115,7 +117,7 @@ class Attempt:
         code = exit_codes.exit_code(error)
         culprit = None
         if self.watchdog and self.watchdog.num_processes > 1 and _may_come_from_another(error):
-            culprit = self.watchdog.find_culprit(_LINGER_SECONDS)
+            culprit = self.watchdog.find_culprit(_CULPRIT_SECONDS)
         if culprit is not None:
             self._leave(culprit)
         how = {
@@ -192,6 +194,10 @@ class Attempt:
         own = self.watchdog.process if self.watchdog else 0
         if number in (signal.SIGUSR1, signal.SIGUSR2):
             self.control.request(Request.SAVE if number == signal.SIGUSR1 else Request.PROFILE)
+            return
+        if (
+            self._record.get("ended") is not None
+        ):  # it is leaving; schedulers send more signals when the first task ends
             return
         self._times_asked += 1
         if self._times_asked > 1:

@@ -174,8 +174,9 @@ class Watchdog(threading.Thread):
         """Until all others have ended, at most so long."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            peers = self.read_peers().values()
-            if all(peer.record["ended"] or state_of(peer.record["identity"]) is State.GONE for peer in peers):
+            peers = [peer for peer in self.read_peers().values() if peer.state is not State.GONE]
+            if all(peer.record["ended"] and peer.state is State.UNKNOWN for peer in peers):
+                time.sleep(1.0 if peers else 0.0)  # from its last word to its end, where that cannot be seen
                 return
             time.sleep(0.05)
 
