@@ -41,7 +41,7 @@ def save_checkpoint(
         OSError: if the disk is full, or fails in another way; nothing of the new checkpoint is left then.
     """
     process = find_process()
-    snapshot = take_snapshot(arrays, process[0], copy=False)
+    snapshot = take_snapshot(arrays, process[0])
     write_checkpoint(Meeting(path, draw_token(), process), snapshot, info, tokenizer_path, add_files)
 
 
@@ -77,7 +77,7 @@ def write_checkpoint(
 
 def save_arrays(folder: Path, arrays: Mapping[str, jax.Array | np.ndarray]) -> dict[str, Any]:
     """Write `arrays/` below a folder, by one process; the chunks' entries in a manifest are returned."""
-    return _write_arrays(folder, take_snapshot(arrays, copy=False), describes=True)
+    return _write_arrays(folder, take_snapshot(arrays), describes=True)
 
 
 def _write_arrays(folder: Path, snapshot: Snapshot, *, describes: bool) -> dict[str, Any]:

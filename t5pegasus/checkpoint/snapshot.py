@@ -7,7 +7,7 @@ i mod R of a shard that R devices hold writes chunk i.
 import collections
 import itertools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -41,14 +41,35 @@ class Snapshot(NamedTuple):
         return sum(chunk.values.nbytes for chunk in self.chunks)
 
 
-def take_snapshot(arrays: Mapping[str, jax.Array | np.ndarray], process_index: int = 0, *, copy: bool) -> Snapshot:
+class Memory:
+    """Where snapshots are kept, one at a time: fresh pages would take several times as long as the copy itself."""
+
+    def __init__(self) -> None:
+        self._copies: dict[str, np.ndarray] = {}
+
+    def copy(self, key: str, values: np.ndarray) -> np.ndarray:
+        """The values in memory of its own, that of the last call with this key."""
+        kept = self._copies.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (values.shape, values.dtype):
+            kept = self._copies[key] = np.empty_like(values)
+        np.copyto(kept, values)
+        return kept
+
+    def keep_only(self, keys: Collection[str]) -> None:
+        """Let go of what the other keys hold."""
+        self._copies = {key: array for key, array in self._copies.items() if key in keys}
+
+
+def take_snapshot(
+    arrays: Mapping[str, jax.Array | np.ndarray], process_index: int = 0, memory: Memory | None = None
+) -> Snapshot:
     """Bring to the host what this process writes; every process calls it with the same arrays.
 
     Args:
         arrays: by dotted name; NumPy arrays, which every process has, are written by the first.
         process_index: of this process.
-        copy: into memory of its own, so that the arrays may be donated or changed afterwards. Without it, memory that
-            the host shares with the devices is used where it lies.
+        memory: where to copy what lies in memory that the devices share with the host, so that the arrays may be
+            donated or changed afterwards; the snapshot before this one is gone then. None uses it where it lies.
     """
     descriptions = {f"{FOLDER}/{name}": content for name, content in describe_arrays(list(arrays)).items()}
     pieces: list[_Piece] = []
@@ -59,8 +80,10 @@ def take_snapshot(arrays: Mapping[str, jax.Array | np.ndarray], process_index: i
         descriptions[f"{FOLDER}/{name}/zarr.json"] = describe_array(array.shape, np.dtype(array.dtype), chunk_shape)
         pieces += _own_pieces(name, array, chunk_shape, process_index, counter)
     _start_transfers(pieces)
+    if memory is not None:
+        memory.keep_only({piece.key for piece in pieces})
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        chunks = list(pool.map(lambda piece: piece.fetch(copy), pieces))
+        chunks = list(pool.map(lambda piece: piece.fetch(memory), pieces))
     return Snapshot(descriptions, [chunk for each in chunks for chunk in each])
 
 
@@ -71,10 +94,14 @@ class _Piece(NamedTuple):
     chunks: list[tuple[str, Slices, tuple[int, ...]]]
     """File, part of `data`, shape of the stored chunk."""
 
-    def fetch(self, copy: bool) -> list[Chunk]:
+    @property
+    def key(self) -> str:
+        return self.chunks[0][0]
+
+    def fetch(self, memory: Memory | None) -> list[Chunk]:
         values = np.asarray(self.data)
-        if copy and _shares_host_memory(self.data):
-            values = np.array(values, copy=True)
+        if memory is not None and _shares_host_memory(self.data):
+            values = memory.copy(self.key, values)
         return [Chunk(file, values[(*part, ...)], shape) for file, part, shape in self.chunks]
 
 
@@ -88,7 +115,8 @@ def _own_pieces(
     chunks = ((f"{FOLDER}/{name}/{file}", part) for file, part in list_chunks(array.shape, chunk_shape))
     if not isinstance(array, jax.Array):
         if process_index == 0:
-            yield _Piece(array, [(file, part, chunk_shape) for file, part in chunks])
+            own = [(file, part, chunk_shape) for file, part in chunks]
+            yield from [_Piece(array, own)] if own else []
         return
     holders = _list_holders(array)
     by_shard: dict[Bounds, list[tuple[str, Slices, bool]]] = collections.defaultdict(list)

@@ -16,7 +16,7 @@ from t5pegasus.checkpoint.info import CheckpointInfo
 from t5pegasus.checkpoint.meeting import TIME_LIMIT, Meeting, draw_token
 from t5pegasus.checkpoint.retention import Retention, remove_old_checkpoints
 from t5pegasus.checkpoint.save import write_checkpoint
-from t5pegasus.checkpoint.snapshot import Snapshot, take_snapshot
+from t5pegasus.checkpoint.snapshot import Memory, Snapshot, take_snapshot
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ class Stall(NamedTuple):
 class CheckpointWriter:
     """Writes the checkpoints of a run behind its back; a context manager, and every process makes one.
 
-    At most one save is on its way: it takes host memory of the size of what this process writes. What a save failed of
-    is raised by the next call of `save` or `finish`. Nothing that the thread does needs a device or another process to
-    be alive: where processes wait for each other it is for files, and not for ever (`meeting`).
+    At most one save is on its way. It takes host memory of the size of what this process writes; where devices share
+    theirs with the host (CPUs) that is kept for the next save. What a save failed of is raised by the next call of
+    `save` or `finish`. Nothing that the thread does needs a device or another process to be alive: where processes wait
+    for each other it is for files, and not for ever (`meeting`).
 
     Left by an error, a lone process finishes the save that is on its way; one of several does not wait for the others.
 
@@ -56,6 +57,7 @@ class CheckpointWriter:
     ):
         self._run_path, self._time_limit, self._before_commit = run_path, time_limit, before_commit
         self._process, self._token, self._count = find_process(), draw_token(), 0
+        self._memory = Memory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -85,7 +87,7 @@ class CheckpointWriter:
         began = time.perf_counter()
         self.finish()
         waited = time.perf_counter()
-        snapshot = take_snapshot(arrays, self._process[0], copy=True)
+        snapshot = take_snapshot(arrays, self._process[0], self._memory)
         copied = time.perf_counter()
         self._count += 1
         path = checkpoints_folder(self._run_path) / str(info.step)

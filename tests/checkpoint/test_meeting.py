@@ -18,7 +18,7 @@ TOKEN = "0123-1"
 
 def divide(step, count):
     """The chunks of a checkpoint, dealt to so many processes."""
-    whole = take_snapshot(draw_arrays(step), copy=False)
+    whole = take_snapshot(draw_arrays(step))
     return [Snapshot(whole.descriptions, whole.chunks[index::count]) for index in range(count)]
 
 

@@ -16,7 +16,7 @@ from t5pegasus.checkpoint import (
     save_checkpoint,
     verify_checkpoint,
 )
-from t5pegasus.checkpoint.snapshot import take_snapshot
+from t5pegasus.checkpoint.snapshot import Memory, take_snapshot
 from tests.checkpoint.conftest import draw_arrays, files_of, info_of, place, save_step, write_tokenizer
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)]
@@ -59,7 +59,7 @@ def test_what_is_stored_is_the_state_of_the_step_although_training_goes_on(sizes
 def test_a_snapshot_shares_no_memory_with_what_it_is_of(sizes):
     state = place(draw_arrays(1), sizes)
     shared = [np.asarray(shard.data) for array in state.values() for shard in array.addressable_shards]
-    for chunk in take_snapshot(state, copy=True).chunks:
+    for chunk in take_snapshot(state, memory=Memory()).chunks:
         assert not any(np.shares_memory(chunk.values, each) for each in shared)
 
 
@@ -89,11 +89,11 @@ def test_replicas_share_the_chunks(monkeypatch):
         return held
 
     monkeypatch.setattr(snapshot, "_list_holders", as_two_processes)
-    parts = [{chunk.file: chunk for chunk in take_snapshot(state, index, copy=True).chunks} for index in (0, 1)]
+    parts = [{chunk.file: chunk for chunk in take_snapshot(state, index).chunks} for index in (0, 1)]
     assert not parts[0].keys() & parts[1].keys()
     assert min(map(len, parts)) > 0
     monkeypatch.undo()
-    whole = {chunk.file: chunk for chunk in take_snapshot(state, copy=True).chunks}
+    whole = {chunk.file: chunk for chunk in take_snapshot(state).chunks}
     assert parts[0].keys() | parts[1].keys() == whole.keys()
     for file, chunk in whole.items():
         np.testing.assert_array_equal((parts[0] | parts[1])[file].values, chunk.values, err_msg=file)
