@@ -48,6 +48,8 @@ class Logbook:
     def report(self, step: int) -> None:
         """Write what was measured since the last report."""
         record = self.meter.report()
+        if self.control.stragglers:
+            record["slow_processes"] = list(self.control.stragglers)
         totals = self.goodput.totals(step, self.control.spent())
         self.metrics.write("train", step, **record, goodput=totals["goodput"])
         loss = f"loss {record['loss']:.3f}" if "loss" in record else "no update applied"
