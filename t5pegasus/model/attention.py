@@ -13,6 +13,7 @@ from t5pegasus.model.attention_kernel import fused_attention, plain_attention
 from t5pegasus.model.execution import Execution
 from t5pegasus.model.layers import Dropout, declare
 from t5pegasus.model.sizes import axis_size
+from t5pegasus.sharding import constrain
 
 
 def relative_position_bucket(
@@ -154,9 +155,12 @@ class Attention(nnx.Module):
 
     def project_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, s, embed] → keys [b, heads, d_kv, s] and values [b, heads, s, d_kv], as matrix products read them."""
-        keys = jnp.einsum("bsd,dhk->bshk", x, self.key[...].astype(x.dtype))
-        values = jnp.einsum("bsd,dhk->bshk", x, self.value[...].astype(x.dtype))
+        keys, values = (self._project(x, kernel[...]) for kernel in (self.key, self.value))
         return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
+
+    def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
+        projected = jnp.einsum("btd,dhk->bthk", x, kernel.astype(x.dtype))
+        return constrain(projected, "batch", "length", "heads", "qk")
 
     def attend(
         self,
@@ -182,11 +186,11 @@ class Attention(nnx.Module):
         Returns:
             [b, t, embed].
         """
-        query = jnp.einsum("btd,dhk->bthk", x, self.query[...].astype(x.dtype))
+        query = self._project(x, self.query[...])
         if self.drops_weights:  # a key's weights for all queries are zero exactly where its value is
             values = dropout(values, f"{self.place}_weights", shared_axis=3)
         kernel = fused_attention if self.kernel == "cudnn" else plain_attention
-        mixed = kernel(query, keys, values, mask, bias)
+        mixed = constrain(kernel(query, keys, values, mask, bias), "batch", "heads", "length", "vo")
         return jnp.einsum("bhtk,hkd->btd", mixed, self.out[...].astype(x.dtype))
 
 

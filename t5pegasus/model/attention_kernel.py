@@ -56,8 +56,10 @@ def fused_attention(
     lowest = jnp.asarray(-(2.0**41) if query.dtype == jnp.bfloat16 else -(2.0**15), jnp.float32)
     added = jnp.zeros((), jnp.float32) if bias is None else jnp.broadcast_to(bias.astype(jnp.float32), shape)
     added = jnp.where(jnp.broadcast_to(mask[:, None], shape), added, lowest).astype(query.dtype)
-    parts = (query, keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3))
-    query, keys, values = (constrain(part, "batch", "length", "heads", "qk") for part in parts)
+    keys, values = (
+        constrain(part, "batch", "length", "heads", "qk")
+        for part in (keys.transpose(0, 3, 1, 2), values.transpose(0, 2, 1, 3))
+    )
     added = constrain(added, "batch", "heads", "length", "length")
     mixed = jax.nn.dot_product_attention(query, keys, values, bias=added, scale=1.0, implementation=implementation)
     return mixed.transpose(0, 2, 1, 3)

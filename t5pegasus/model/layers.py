@@ -7,6 +7,7 @@ from flax import nnx
 from t5pegasus.axes import ParamSpec
 from t5pegasus.config import ModelConfig
 from t5pegasus.model.sizes import axis_size
+from t5pegasus.sharding import constrain
 
 # Single letters in einsum strings, here and in the other model files:
 # b batch · t target (query) position · s source (key) position · d embed · h heads · k qk or vo · f mlp · v vocab
@@ -61,6 +62,7 @@ class FeedForward(nnx.Module):
             gate = jnp.einsum("btd,df->btf", x, self.wi_0[...].astype(x.dtype))
             gate = jax.nn.gelu(gate, approximate=self.activation == "gated-gelu")
             hidden = gate * jnp.einsum("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
+        hidden = constrain(hidden, "batch", "length", "mlp")
         if self.drops:
             hidden = dropout(hidden, "mlp")
         return jnp.einsum("btf,fd->btd", hidden, self.wo[...].astype(x.dtype))

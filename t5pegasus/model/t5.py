@@ -127,7 +127,8 @@ class T5(nnx.Module):
         return self.execution.scatter(dropout(x, "embedding"))
 
     def _finish(self, x: jax.Array, stack: Stack, dropout: Dropout) -> jax.Array:
-        return dropout(rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon), "final")
+        normed = rms_norm(x, stack.final_norm[...], self.config.layer_norm_epsilon)
+        return self.execution.scatter(dropout(normed, "final"))
 
     def cross_bias(self, positions: jax.Array, encoder_positions: jax.Array) -> jax.Array | None:
         """What bert4keras adds to cross-attention: the decoder's table, of source positions as if they lay behind."""
