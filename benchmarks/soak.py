@@ -138,16 +138,17 @@ def train_under_fire(soak: Soak) -> Counter[str]:
     """Train with faults; how many of each kind struck."""
     options, counts_path = soak.options, soak.run_path.with_name("counts.json")
     counts: Counter[str] = Counter(json.loads(counts_path.read_text()) if counts_path.exists() else {})
-    spacing = options.steps / options.faults * 0.75
+    spacing = options.steps / options.faults * 0.8
     for first, last, mesh in segments(options):
         counts["mesh change"] += first > 0 and max(soak.checkpoints(), default=0) == first
+        reached = _reached(soak)
         while max(soak.checkpoints(), default=0) < last or not _is_done(soak, last):
             rng = random.Random(f"{options.seed} {soak.attempts}")
             have = soak.checkpoints()
             flipped = ""
             if len(have) >= 2 and have[-2] >= first and rng.random() < 0.25:
                 flipped = flip_a_bit(soak.run_path / "checkpoints" / str(have[-1]), rng)
-            kind, fault = draw_fault(rng, have[-1] if have else 0, spacing, mesh)
+            kind, fault = draw_fault(rng, max(first, reached), spacing, mesh)
             began = time.monotonic()
             code, struck = soak.attempt(last, mesh, fault)
             if code != 0 and not (struck and code in CODES[kind]):
@@ -156,6 +157,7 @@ def train_under_fire(soak: Soak) -> Counter[str]:
             counts[kind] += struck
             counts["restarts"] += 1
             now = max(soak.checkpoints(), default=0)
+            reached = max(reached, _reached(soak))
             counts["lost steps"] += max(0, _reached(soak) - now)
             counts_path.write_text(json.dumps(counts))
             done = sum(counts[each] for each in (*CODES, "bit flip", "mesh change"))

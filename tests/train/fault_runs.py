@@ -9,7 +9,7 @@ from unittest import mock
 
 import numpy as np
 
-from launch.attempts import list_attempts, read_attempt
+from launch.attempts import list_attempts, newest_checkpoint, read_attempt
 from launch.backends.local import run_locally
 from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_info
 from t5pegasus.train.metrics import read_metrics
@@ -39,6 +39,15 @@ class Job:
         argv = [sys.executable, str(WITH_FAULT), "pretrain", "tiny", *self.flags, *flags]
         with mock.patch.dict(os.environ, {"FAULT": fault, "LEDGER": str(ledger)}):
             return run_locally(argv, processes, devices, run_path=self.run_path, saves=True).code
+
+    def flip_a_bit(self) -> Path:
+        """Damage the newest checkpoint, in the middle of its largest file."""
+        folder = self.run_path / "checkpoints" / str(newest_checkpoint(self.run_path))
+        file = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
+        return folder
 
     def records(self) -> dict[int, dict]:
         """Of the last attempt."""

@@ -4,6 +4,7 @@ import pytest
 from fault_runs import STEPS, Job, Result, assert_nothing_runs, assert_same_bits
 
 from launch.attempts import list_attempts, newest_checkpoint
+from t5pegasus.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +25,14 @@ def finish(job: Job, clean: Result) -> None:
     assert_same_bits(job.result(), clean)
 
 
-def test_terminated_killed_and_failed_it_goes_on_to_the_same_bits(job, clean, capfd):
+def test_terminated_killed_damaged_and_failed_it_goes_on_to_the_same_bits(job, clean, capfd):
     assert job.run("term@step:2@1") == 42
     assert {(record["ended"]["how"], record["ended"]["saved"]) for record in job.records().values()} == {
         ("preempted", True)
     }
     assert job.run("kill@device:17@0") == 137
     assert_nothing_runs(job)
+    damaged = job.flip_a_bit()
     capfd.readouterr()
     assert job.run("raise@data:25@1") == 1
     ended = {process: record["ended"] for process, record in job.records().items()}
@@ -38,6 +40,7 @@ def test_terminated_killed_and_failed_it_goes_on_to_the_same_bits(job, clean, ca
     assert "InjectedError: injected into process 1" in ended[1]["traceback"]
     assert (ended[0]["how"], ended[0]["code"], ended[0]["blamed"]) == ("consequence", 1, 1)
     error = capfd.readouterr().err
+    assert f"checkpoint {damaged}: file " in error
     assert error.endswith("process 1 of 2 ended with exit code 1: InjectedError: injected into process 1\n")
     finish(job, clean)
 
@@ -120,6 +123,8 @@ def test_a_stuck_process_is_named_with_its_stack(job, clean, capfd):
 def test_a_slow_process_is_named_and_goes_on(job, capfd):
     assert job.run("slow@data:*@1", "--train.steps", "80") == 0
     assert "process 1 (on" in capfd.readouterr().err
+    lines = read_metrics(job.run_path / "metrics.jsonl")
+    assert [1] in [line.get("slow_processes") for line in lines]
 
 
 @pytest.mark.slow
@@ -145,7 +150,7 @@ def test_one_or_two_of_four_are_killed(examples_path, tmp_path):
 @pytest.mark.slow
 def test_processes_that_differ_are_refused_with_the_difference(job, capfd):
     assert job.run("flags@import@1") == 2
-    assert "process 1 has optimizer" in capfd.readouterr().err
+    assert "process 1 has optimizer.learning_rate 0.5, process 0 has 0.01" in capfd.readouterr().err
 
 
 @pytest.mark.slow
