@@ -45,8 +45,8 @@ from t5pegasus.model.t5 import count_parameters, declare_parameters, init_parame
 from t5pegasus.presets import tiny
 from t5pegasus.sample import TRAIN_PATH
 from t5pegasus.sharding import make_mesh
+from t5pegasus.train.data_sources import fit_to_examples
 from t5pegasus.train.heldout_loss import make_heldout_loss
-from t5pegasus.train.run import fit_to_examples
 from t5pegasus.train.state import start_state
 from t5pegasus.train.step import make_train_step, pure_train_step
 

@@ -103,6 +103,11 @@ def make_sampler(config: RunConfig, examples_path: Path, heldout_path: Path | No
 
     tokenizer = load_tokenizer(examples_path / "tokenizer")
     with ExampleShards(heldout_path) as shards:
+        if shards.corruption is not None:
+            raise UsageError(
+                f"train.sample_every_steps={config.train.sample_every_steps}: {heldout_path} holds texts for span "
+                "corruption, which have no summaries; give --heldout-path with those that have, or leave it out"
+            )
         examples = shards.read(range(min(config.train.num_samples, len(shards))))
     sources, references = (
         [tokenizer.decode(tokens.tolist()) for tokens in texts]

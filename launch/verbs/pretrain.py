@@ -5,7 +5,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import tyro
 
@@ -60,9 +60,9 @@ class Pretrain:
     t5pegasus pretrain small --examples-path examples --run-path runs/progressive --growth step=20000:base
     """
 
-    examples_path: StoragePath
-    """Folder written by `t5pegasus build`."""
-    run_path: StoragePath
+    examples_path: StoragePath | None = None
+    """Folder written by `t5pegasus build`; for several of them see --data.mixture."""
+    run_path: StoragePath = tyro.MISSING
     """Folder of this run: config, metrics, checkpoints, report."""
     heldout_path: StoragePath | None = None
     """Examples for the held-out loss; EXAMPLES_PATH/heldout if it exists."""
@@ -97,26 +97,41 @@ def _pretrain(argv: list[str], attempt: Attempt) -> None:
     from launch.growth_events import choose_stages, plan_events
     from t5pegasus.checkpoint import load_checkpoint_info
     from t5pegasus.data.shards import ExampleShards
-    from t5pegasus.train.run import RunPaths, fit_to_examples, train_run
+    from t5pegasus.train.data_sources import fit_to_examples
+    from t5pegasus.train.run import RunPaths, train_run
 
-    with ExampleShards(args.examples_path) as shards:
+    examples_path = _choose_examples(args.examples_path, args.data)
+    with ExampleShards(examples_path) as shards:
         manifest = shards.manifest
     model = ModelConfig(**dataclasses.asdict(args.model))
     train = TrainConfig(**dataclasses.asdict(args.train))
     config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
     if args.start_from is None:
         config = fit_to_examples(config, manifest)
-    paths = RunPaths(args.run_path, args.examples_path, args.heldout_path, args.start_from)
+    paths = RunPaths(args.run_path, examples_path, args.heldout_path, args.start_from)
     events = plan_events(config, choose_stages(args.growth, args.run_path))
     facts = attempt_facts(config, paths) | {"growth": " ".join(event.plan_hash for event in events)}
     attempt.begin(facts)
-    sampler = make_sampler(config, args.examples_path, args.heldout_path)
+    sampler = make_sampler(config, examples_path, args.heldout_path)
     checkpoint = train_run(
         config, paths, reset_rows=args.reset_rows, sampler=sampler, events=events, control=attempt.control
     )
     wider = f"d_model={load_checkpoint_info(checkpoint).config.model.d_model * 3 // 2}"
-    grow = ["grow", args.run_path, "--to", wider, "--examples-path", args.examples_path]
+    grow = ["grow", args.run_path, "--to", wider, "--examples-path", examples_path]
     report_result(checkpoint, args.run_path, shlex.join(map(str, ["t5pegasus", *grow])))
+
+
+def _choose_examples(examples_path: Path | None, data: DataConfig) -> Path:
+    """The folder whose tokenizer the run has: the one given, or the first of a mixture."""
+    folders = [open_path(folder) for folder in data.mixture_weights()]
+    if not folders and examples_path is None:
+        raise UsageError("give the examples: --examples-path FOLDER, or several by --data.mixture FOLDER=WEIGHT …")
+    if folders and examples_path is not None and examples_path not in folders:
+        raise UsageError(
+            f"examples_path={examples_path} is none of the folders of --data.mixture; leave it out, or name it there "
+            "with its weight"
+        )
+    return folders[0] if folders else cast(Path, examples_path)
 
 
 def attempt_facts(config: RunConfig, paths: "RunPaths") -> dict[str, str]:
@@ -176,8 +191,7 @@ def _flags(config: RunConfig, paths: dict[str, Path]) -> Pretrain:
     fields: dict[str, Any] = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     fields["model"] = ModelFlags(**dataclasses.asdict(config.model))
     fields["train"] = TrainFlags(**dataclasses.asdict(config.train))
-    missing = dict.fromkeys(("examples_path", "run_path"), tyro.MISSING)
-    return Pretrain(**{**missing, **paths, **fields})
+    return Pretrain(**{**paths, **fields})
 
 
 def _choose_config(

@@ -24,10 +24,12 @@ from t5pegasus.checkpoint import (
     verify_structure,
 )
 from t5pegasus.config import RunConfig
+from t5pegasus.data.mixture import Changes, change_weights
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.course import Course, read_course
+from t5pegasus.train.data_sources import follow_mixture
 from t5pegasus.train.divergence import init_recent, spike_window
 from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.optimizer import Moments, declare_moments
@@ -62,6 +64,8 @@ class Origin(NamedTuple):
     """To train on with: the run's, after the events that this state has behind it."""
     path: Path | None
     """The checkpoint; None for fresh parameters."""
+    mixture: Changes
+    """Weights of the sources, each from the row on from which they hold."""
 
 
 def find_origin(
@@ -73,6 +77,7 @@ def find_origin(
     *,
     keep_state: bool,
     reset_rows: bool,
+    weights: Mapping[str, float],
     events: Sequence[Event] = (),
     recorded_events: Sequence[Mapping[str, Any]] = (),
     damaged: Collection[Path] = (),
@@ -83,9 +88,10 @@ def find_origin(
     2. the `start_from` checkpoint: a trained, grown or converted one;
     3. fresh ones.
 
-    `manifest` is that of the examples, `recorded_events` are those in the run's config.json, `damaged` are checkpoints
-    that could not be loaded; for the rest see `train_run`. Of the run's own checkpoint the arrays are not read here:
-    the state's `load` verifies them, and so may raise a DamagedError, in every process alike.
+    `manifest` is that of the examples, `weights` are those of the mixture by their fingerprints, `recorded_events` are
+    those in the run's config.json, `damaged` are checkpoints that could not be loaded; for the rest see `train_run`. Of
+    the run's own checkpoint the arrays are not read here: the state's `load` verifies them, and so may raise a
+    DamagedError, in every process alike.
 
     Raises:
         UsageError: if the checkpoint and the config or the examples do not belong together.
@@ -96,12 +102,12 @@ def find_origin(
         lineage = load_checkpoint_info(own).lineage
         check_events_kept(run_path, recorded_events, events, lineage)
         config = config_after(config, events, lineage)
-        return _restore(own, config, mesh, manifest, reset_rows=False)._replace(resumed=True)
+        return _restore(own, config, mesh, manifest, weights, reset_rows=False)._replace(resumed=True)
     if start_from is not None:
         path = find_checkpoint(start_from)
         if keep_state and has_optimizer_state(path):
-            return _restore(path, config, mesh, manifest, reset_rows=reset_rows)
-        return _restore_parameters(path, config, mesh, manifest)
+            return _restore(path, config, mesh, manifest, weights, reset_rows=reset_rows)
+        return _restore_parameters(path, config, mesh, manifest, weights)
 
     def init() -> TrainState:
         return init_state(config.model, config.train.seed, mesh, config.optimizer, **_kept(config))
@@ -115,10 +121,19 @@ def find_origin(
         lineage=(),
         config=config,
         path=None,
+        mixture=change_weights((), 0, weights),
     )
 
 
-def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], *, reset_rows: bool) -> Origin:
+def _restore(
+    path: Path,
+    config: RunConfig,
+    mesh: Mesh,
+    manifest: dict[str, Any],
+    weights: Mapping[str, float],
+    *,
+    reset_rows: bool,
+) -> Origin:
     info = load_checkpoint_info(path)
     _check_model(path, info, config)
     _check_optimizer(path, info, config)
@@ -126,13 +141,8 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
         way_out = f"keep it by --train.compute-dtype {info.compute_dtype}, or name the other one"
         _check_same("compute dtype", path, info.compute_dtype, str(resolve_compute_dtype(config)), way_out)
     _check_tokenizer_of(path, info, manifest)
-    if not reset_rows and info.rows > 0:
-        way_out = (
-            "give the examples and data lengths it was trained on, or begin a new run on the others at their first "
-            f"row: --run-path NEW --start-from {path} --reset-rows"
-        )
-        _check_same("examples", path, info.examples_fingerprint, manifest["fingerprint"], way_out)
-        _check_same("data config", path, info.config.data, config.data, way_out)
+    begins_rows = reset_rows or info.rows == 0
+    mixture = change_weights((), 0, weights) if begins_rows else follow_mixture(path, info, weights, config)
     specs, stored_ema = declare_parameters(config.model), has_ema(path)
     if stored_ema and not _keeps_ema(config):
         logger.warning("%s: its moving average is left behind, because train.ema_decay is 0", path)
@@ -154,10 +164,12 @@ def _restore(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]
 
     rows = 0 if reset_rows else info.rows
     course = read_course(info, _flops_spent(path, info))
-    return Origin(info.step, rows, load, False, course, info.lineage, config, path)
+    return Origin(info.step, rows, load, False, course, info.lineage, config, path, mixture)
 
 
-def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any]) -> Origin:
+def _restore_parameters(
+    path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], weights: Mapping[str, float]
+) -> Origin:
     info = load_checkpoint_info(path)
     _check_model(path, info, config)
     _check_tokenizer_of(path, info, manifest)
@@ -172,7 +184,8 @@ def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, manifest: dic
 
         return jax.jit(start, out_shardings=shardings)(parameters)
 
-    return Origin(0, 0, load, False, Course(flops=_flops_spent(path, info)), info.lineage, config, path)
+    course, mixture = Course(flops=_flops_spent(path, info)), change_weights((), 0, weights)
+    return Origin(0, 0, load, False, course, info.lineage, config, path, mixture)
 
 
 def _flops_spent(path: Path, info: CheckpointInfo) -> int:

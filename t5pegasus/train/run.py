@@ -23,8 +23,8 @@ from t5pegasus.checkpoint import (
     finish_saves,
 )
 from t5pegasus.config import RunConfig, TrainConfig
-from t5pegasus.data.loader import PackedRows, load_batches
-from t5pegasus.data.shards import ExampleShards
+from t5pegasus.data.loader import load_batches
+from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.errors import UsageError
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
@@ -32,6 +32,7 @@ from t5pegasus.storage import working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
+from t5pegasus.train.data_sources import open_data
 from t5pegasus.train.divergence import RollbackNeededError
 from t5pegasus.train.early_stopping import forget_best, has_stopped
 from t5pegasus.train.estimate import MemoryEstimate, prepare_step
@@ -74,7 +75,8 @@ def train_run(
     """Train in a run folder to the end; called again, it continues, or finds it finished.
 
     Args:
-        config: the whole config; its model's vocabulary and token ids must be the tokenizer's (`fit_to_examples`).
+        config: the whole config; its model's vocabulary and token ids must be the tokenizer's
+            (`data_sources.fit_to_examples`).
         paths: what to read and where to write.
         keep_state: with `start_from`, continue its optimizer, step and data position (pretraining after growth);
             False takes its parameters only (fine-tuning).
@@ -143,10 +145,7 @@ def _train(
         check_resumable(record[0], config, paths.run_path)
     finish_saves(paths.run_path)
     with contextlib.ExitStack() as stack:
-        rows = stack.enter_context(_open_rows(paths.examples_path, config))
-        shards = rows.shards
-        _check_tokenizer(config, shards.manifest, paths.examples_path)
-        heldout_rows = _open_heldout(paths, config, shards.manifest, stack)
+        rows, heldout_rows = open_data(paths.examples_path, paths.heldout_path, config, stack)
         check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
         check_samples(config, sampler, has_heldout=heldout_rows is not None)
         with control.doing("restore"):
@@ -155,13 +154,15 @@ def _train(
                 paths.run_path,
                 paths.start_from,
                 mesh,
-                shards.manifest,
+                rows.shards.manifest,
+                weights=rows.weights,
                 keep_state=keep_state,
                 reset_rows=reset_rows,
                 events=events,
                 recorded_events=load_recorded_events(paths.run_path),
                 damaged=damaged,
             )
+        rows.follow(origin.mixture)
         train, step = config.train, origin.step
         rollbacks = [record for record in rollbacks if record["rollback"] > origin.course.rollbacks]
         course, start_row = _go_back(origin, rollbacks)
@@ -203,7 +204,7 @@ def _train(
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
             make_sample=lambda config: make_sample(sampler, config, mesh),
-            save=functools.partial(_save, writer, shards),
+            save=functools.partial(_save, writer, rows),
             finish_saves=writer.finish,
             control=control,
             profiler=profiler,
@@ -218,27 +219,16 @@ def _train(
     return find_checkpoint(paths.run_path)
 
 
-def fit_to_examples(config: RunConfig, manifest: dict[str, Any]) -> RunConfig:
-    """The config with the vocabulary size and the special ids of the examples' tokenizer."""
-    model = dataclasses.replace(
-        config.model,
-        vocab_size=manifest["vocab_size"],
-        pad_token_id=manifest["pad_id"],
-        decoder_start_token_id=manifest["start_id"],
-        eos_token_id=manifest["end_id"],
-    )
-    return dataclasses.replace(config, model=model)
-
-
-def _save(writer: CheckpointWriter, shards: ExampleShards, phase: Phase, state: TrainState, course: Course) -> None:
+def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainState, course: Course) -> None:
     """Begin a checkpoint; beside the last ones stay the best one, and those that an event changed the model behind."""
     info = CheckpointInfo(
         config=phase.config,
         step=int(state.step),
         rows=int(state.rows),
         compute_dtype=str(resolve_compute_dtype(phase.config)),
-        tokenizer_fingerprint=shards.manifest["tokenizer_fingerprint"],
-        examples_fingerprint=shards.fingerprint,
+        tokenizer_fingerprint=rows.shards.manifest["tokenizer_fingerprint"],
+        examples_fingerprint=rows.shards.fingerprint,
+        mixture=tuple(change.to_json() for change in rows.changes),
         lineage=phase.lineage,
         history=course.history,
         flops=course.flops,
@@ -301,7 +291,7 @@ def _write_start(
     )  # fmt: skip
 
 
-def _measure_seams(rows: PackedRows, heldout_rows: PackedRows | None, mesh: Mesh) -> Measurement:
+def _measure_seams(rows: MixedRows, heldout_rows: MixedRows | None, mesh: Mesh) -> Measurement:
     """By all of the held-out rows, or, where there are none, by some of those trained on."""
     if heldout_rows is not None:
         return Measurement(
@@ -319,42 +309,7 @@ def _measure_seams(rows: PackedRows, heldout_rows: PackedRows | None, mesh: Mesh
     )
 
 
-def _check_tokenizer(config: RunConfig, manifest: dict[str, Any], examples_path: Path) -> None:
-    wanted = fit_to_examples(config, manifest).model
-    for field in ("vocab_size", "pad_token_id", "decoder_start_token_id", "eos_token_id"):
-        if getattr(config.model, field) != getattr(wanted, field):
-            raise UsageError(
-                f"model.{field}={getattr(config.model, field)} differs from {getattr(wanted, field)} of the tokenizer "
-                f"in {examples_path}; build the examples with the tokenizer in the checkpoint's folder"
-            )
-
-
-def _open_heldout(
-    paths: RunPaths, config: RunConfig, manifest: dict[str, Any], stack: contextlib.ExitStack
-) -> PackedRows | None:
-    """The rows for the held-out loss, None if there are none; of the same tokenizer as those to train on."""
-    path = paths.heldout_path or paths.examples_path / "heldout"
-    if paths.heldout_path is None and not path.exists():
-        return None
-    rows = stack.enter_context(_open_rows(path, config))
-    got, wanted = (each["tokenizer_fingerprint"] for each in (rows.shards.manifest, manifest))
-    if got != wanted:
-        raise UsageError(
-            f"tokenizer of the held-out examples {path} is {got}, that of {paths.examples_path} is {wanted}; "
-            "build both with the same --tokenizer-path"
-        )
-    return rows
-
-
-def _open_rows(examples_path: Path, config: RunConfig) -> PackedRows:
-    model = config.model
-    num_open = model.num_open_tokens if model.num_masked_tokens else None
-    return PackedRows(
-        examples_path, config.data, model.pad_token_id, model.decoder_start_token_id, num_open_tokens=num_open
-    )
-
-
-def _device_batches(rows: PackedRows, config: RunConfig, mesh: Mesh, start_row: int) -> Generator[Batch]:
+def _device_batches(rows: MixedRows, config: RunConfig, mesh: Mesh, start_row: int) -> Generator[Batch]:
     batch_size = config.train.batch_size
     mine = local_batch_rows(batch_size, mesh)
     with contextlib.closing(load_batches(rows, batch_size, start_row, batch_rows=mine)) as batches:

@@ -18,6 +18,7 @@ from t5pegasus.train.phases import Event, record_event
 logger = logging.getLogger(__name__)
 
 FREE_ON_RESUME = {
+    "data": ("mixture", "max_bad_examples"),
     "mesh": ("data", "fsdp", "tensor"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
