@@ -139,6 +139,10 @@ def test_any_block_of_any_layout_is_read_and_orbax_reads_all(writer, tmp_path, m
             part = tuple(slice(*sorted(random.choice(size + 1, 2, replace=False))) for size in array.shape)
             np.testing.assert_array_equal(stored[name].read(part), array[part])
         stored[name].release()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_zarr3=True)) as reader:
+        read = reader.restore(tmp_path / "arrays", args=ocp.args.PyTreeRestore())
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(read[name], array)
     mesh = jax.make_mesh((2,), ("x",))
     shardings = {
         name: jax.sharding.NamedSharding(mesh, jax.P(*[None] * (array.ndim - 1), *["x"] * (array.ndim > 0)))
