@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -82,6 +83,12 @@ def source_of(folder: Path, optimizer: OptimizerConfig | None = None, **numerics
     state = jax.tree.map(
         lambda leaf: leaf.astype(np.float32) if leaf.dtype == np.float64 else leaf, trained_state(model, optimizer)
     )
+    if config.optimizer.moment_dtype == "bfloat16":
+        first, second = (
+            {name: array.astype(jnp.bfloat16) for name, array in group.items()}
+            for group in (state.first_moment, state.second_moment)
+        )
+        state = state._replace(first_moment=first, second_moment=second)
     info = dataclasses.replace(info, config=config, step=int(state.step), rows=int(state.rows))
     save_checkpoint(folder / "source", state_to_arrays(state), info, original / "tokenizer")
     return folder / "source"

@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -26,6 +27,10 @@ OPTIMIZERS = {
     "adamw": OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
     "sgd without momentum": OptimizerConfig(name="sgd", learning_rate=0.1, warmup_steps=2, beta1=0.0),
     "adafactor": OptimizerConfig(name="adafactor", learning_rate=0.03, warmup_steps=2, min_dim_size_to_factor=16),
+    "muon in bfloat16": OptimizerConfig(name="muon", moment_dtype="bfloat16"),
+    "adamw accumulated in bfloat16": OptimizerConfig(
+        learning_rate=3e-3, warmup_steps=2, moment_dtype="bfloat16", accumulate_in_moments=True
+    ),
     "adafactor with beta1": OptimizerConfig(name="adafactor", beta1=0.9, min_dim_size_to_factor=16),
 }
 
@@ -46,7 +51,7 @@ def with_optimizer(config, which, steps=4):
     return dataclasses.replace(config, optimizer=OPTIMIZERS[which], train=train)
 
 
-@pytest.mark.parametrize("which", list(OPTIMIZERS))
+@pytest.mark.parametrize("which", [which for which in OPTIMIZERS if "accumulated" not in which])
 def test_a_state_has_its_declared_structure_wherever_it_is_described(small, which):
     config, mesh = with_optimizer(small, which), make_mesh(MeshConfig(2, 2, 2))
     state, planned = init_state(config.model, 0, mesh, config.optimizer), abstract_state(config, mesh)
@@ -62,6 +67,10 @@ def test_a_state_has_its_declared_structure_wherever_it_is_described(small, whic
             assert kept == {"first_moment", "second_moment"}
         case "sgd without momentum":
             assert not kept
+        case "muon in bfloat16":
+            assert {leaf.dtype for leaf in jax.tree.leaves(state.moments)} == {np.dtype(jnp.bfloat16)}
+            assert state.first_moment.keys() == specs.keys()
+            assert state.second_moment.keys() == specs.keys() - matrices | {"lm_head", "token_embedding"}
         case _:
             assert state.row_moment.keys() == state.column_moment.keys() == matrices
             assert state.second_moment.keys() == specs.keys() - matrices
@@ -101,6 +110,22 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(checkpoints, tmp_pat
     assert resumed["row_moment.lm_head"].any()
 
 
+@pytest.mark.slow
+def test_a_run_that_accumulates_in_bfloat16_moments_resumes_bit_for_bit_too(tmp_path, plain_path, small):
+    small = dataclasses.replace(small, train=dataclasses.replace(small.train, batch_size=16, accumulation_steps=2))
+    ends = []
+    for name, counts in (("whole", (4,)), ("resumed", (2, 4))):
+        for steps in counts:
+            config = with_optimizer(small, "adamw accumulated in bfloat16", steps=steps)
+            end = train_run(config, RunPaths(tmp_path / name, plain_path))
+        ends.append(load_arrays(end))
+    whole, resumed = ends
+    assert whole.keys() == resumed.keys()
+    assert whole["second_moment.lm_head"].dtype == jnp.bfloat16
+    for name, array in whole.items():
+        np.testing.assert_array_equal(resumed[name], array, err_msg=name)
+
+
 def test_every_optimizers_state_is_seen_to_be_one(checkpoints):
     assert all(has_optimizer_state(path) for path in checkpoints.values())
 
@@ -111,6 +136,11 @@ def test_every_optimizers_state_is_seen_to_be_one(checkpoints):
         ("adafactor", {"name": "adamw"}, "optimizer.name of checkpoint .* is adafactor, got adamw; .*finetune"),
         ("adafactor", {"beta1": 0.9}, r"optimizer.beta1 of checkpoint .* is 0.0, got 0.9; .*finetune"),
         ("adafactor", {"min_dim_size_to_factor": 128}, "min_dim_size_to_factor of checkpoint .* is 16, got 128"),
+        (
+            "adafactor",
+            {"moment_dtype": "bfloat16"},
+            "moment_dtype of checkpoint .* is float32, got bfloat16; .*finetune",
+        ),
         ("sgd without momentum", {"name": "adamw", "beta1": None}, "optimizer.name of checkpoint .* is sgd, got adamw"),
     ],
 )
