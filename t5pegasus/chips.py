@@ -40,6 +40,8 @@ class Chip:
     devices_per_chip: int = 1
     chip_config: str | None = None
     """What libtpu calls the setting in which the two cores of a chip are one device."""
+    clock: float | None = None
+    """Cycles per second: the peak by the multiply-adds of all matrix units in one cycle."""
     wrap_multiple: int = 4
     """An axis of the torus is closed to a ring if its size is a multiple of this."""
 
@@ -48,10 +50,10 @@ CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v3", "TPU v3", 61.5e12, 16 * GIB, 450e9, 41e9, 2, 1.6e9, 0.8, devices_per_chip=2),
-        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 6.25e9, 0.8, chip_config="megacore"),
-        Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 3.125e9, 0.8, wrap_multiple=16),
-        Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 6.25e9, 0.8),
-        Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 12.5e9, 0.8, wrap_multiple=16),
+        Chip("v4", "TPU v4", 275e12, 32 * GIB, 1200e9, 45e9, 3, 6.25e9, 0.8, chip_config="megacore", clock=1.05e9),
+        Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 2, 3.125e9, 0.8, clock=1.5e9, wrap_multiple=16),
+        Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 3, 6.25e9, 0.8, clock=1.75e9),
+        Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1638e9, 100e9, 2, 12.5e9, 0.8, clock=1.75e9, wrap_multiple=16),
         Chip("tpu7x", "TPU7x", 1153.5e12, 96 * GIB, 3690e9, 50e9, 3, 6.25e9, 0.8, devices_per_chip=2),
         Chip("a100", "NVIDIA A100", 312e12, 80 * 10**9, 2039e9, 300e9, 0, 25e9, 0.75),
         Chip("h100", "NVIDIA H100", 989e12, 80 * 10**9, 3350e9, 450e9, 0, 50e9, 0.7),

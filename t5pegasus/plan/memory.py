@@ -6,6 +6,7 @@ gradients, and the weights gathered for one layer.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -44,8 +45,20 @@ class Memory:
         return self.limit is None or self.total <= self.limit
 
 
-def state_memory(config: RunConfig, mesh: Mesh) -> dict[str, int]:
-    """Bytes per device of `parameters`, `optimizer` (with growth's record), `average` and `batch`: exact."""
+def state_memory(config: RunConfig, mesh: Any) -> dict[str, int]:
+    """Bytes per device of `parameters`, `optimizer` (with growth's record), `average` and `batch`: exact.
+
+    Args:
+        config: of the run.
+        mesh: of devices, or described only (`AbstractMesh`).
+    """
+    # What does not change shapes is made the same, so that a search counts each mesh once.
+    train = dataclasses.replace(config.train, remat="none", accumulation_steps=1)
+    return dict(_state_memory(dataclasses.replace(config, train=train), mesh))
+
+
+@functools.lru_cache(maxsize=256)
+def _state_memory(config: RunConfig, mesh: Any) -> dict[str, int]:
     state = abstract_state(config, mesh)
 
     def total(tree: Any) -> int:

@@ -1,10 +1,11 @@
 """How long a step would take at the hardware's rates: a prediction, and a floor rather than a promise.
 
-Every instruction takes the longer of its FLOPs at the rate of large matrix products and its bytes at the rate of main
-memory (Williams et al. 2009); they follow each other. Collectives run at the rate of all links that their groups span.
-The prediction lets local work, the slice's interconnect and the network between slices overlap, so that the longest of
-the three decides; the sum is given, too, for nothing overlapping. What vector units compute (dropout's random numbers,
-exponentials) is not modelled, nor are latencies, host and input.
+Every instruction takes the longest of its FLOPs at the rate of large matrix products, its bytes at the rate of main
+memory (Williams et al. 2009), and, in a TPU program, the cycles that the compiler's own cost model expects of it, which
+alone knows of vector units (softmax, dropout's random numbers) and of products too narrow for the matrix unit;
+instructions follow each other. Collectives run at the rate of all links that their groups span. The prediction lets
+local work, the slice's interconnect and the network between slices overlap, so that the longest of the three decides;
+the sum is given, too, for nothing overlapping. Latencies, host and input are not in it.
 """
 
 import dataclasses
@@ -26,6 +27,8 @@ class Rates:
     """The denominator of MFU."""
     memory_bandwidth: float
     source: str
+    clock: float | None = None
+    """Cycles per second, to which the compiler's own estimates are turned into time."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +39,10 @@ class Prediction:
     """Its matrix products alone."""
     memory: float
     """Its traffic with main memory alone."""
+    compiler: float
+    """The compiler's own estimates of its instructions; 0 where it makes none."""
     local: float
-    """Each instruction by the longer of the two."""
+    """Each instruction by the longest of the three."""
     ici: float
     """Collectives within a slice."""
     dcn: float
@@ -58,7 +63,10 @@ class Prediction:
         """What takes longest."""
         if self.step > self.local:
             return "the network between slices" if self.dcn >= self.ici else "the interconnect of a slice"
-        return "matrix products" if self.products >= self.memory else "memory bandwidth"
+        longest = max(self.products, self.memory, self.compiler)
+        if longest == self.compiler:
+            return "vector units and narrow products, by the compiler's estimates"
+        return "matrix products" if longest == self.products else "memory bandwidth"
 
 
 def predict(
@@ -77,10 +85,12 @@ def predict(
         devices: in the order of the mesh, with `coords` on a TPU.
         rates: of one device.
     """
-    products = memory = local = 0.0
+    products = memory = compiler = local = 0.0
     for cost in costs:
         by_flops, by_bytes = cost.flops / rates.flops, cost.bytes / rates.memory_bandwidth
-        products, memory, local = products + by_flops, memory + by_bytes, local + max(by_flops, by_bytes)
+        by_cycles = cost.cycles / rates.clock if rates.clock else 0.0
+        products, memory, compiler = products + by_flops, memory + by_bytes, compiler + by_cycles
+        local += max(by_flops, by_bytes, by_cycles)
     seconds = {"ici": 0.0, "dcn": 0.0}
     for each in collectives:
         if each.network == "dcn":
@@ -90,7 +100,7 @@ def predict(
             if each.kind == "collective-permute" and topology.chip and topology.chip.torus_axes:
                 bandwidth = min(bandwidth, 2 * topology.chip.link_bandwidth)  # a ring, once each way round
         seconds[each.network] += each.sent_bytes / bandwidth
-    return Prediction(products, memory, local, **seconds)
+    return Prediction(products, memory, compiler, local, **seconds)
 
 
 def positions_along(devices: Sequence[Any]) -> tuple[int, ...]:

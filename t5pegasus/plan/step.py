@@ -130,7 +130,7 @@ def find_rates(topology: Topology, device: Any) -> Rates:
     if chip is not None:
         flops = chip.peak_flops * chip.matmul_efficiency
         source = f"{100 * chip.matmul_efficiency:.0f} % of {chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16, an assumption"
-        return Rates(flops, chip.peak_flops, chip.memory_bandwidth, source)
+        return Rates(flops, chip.peak_flops, chip.memory_bandwidth, source, chip.clock)
     peak, source = peak_flops(device)
     return Rates(peak, peak, measure_bandwidth(device) / jax.local_device_count(), source)
 
@@ -197,4 +197,4 @@ def _estimate_seconds(
     ici = (gather + reduce) / (chip.link_bandwidth if chip else math.inf)
     dcn = between / (chip.network_bandwidth if chip else math.inf)
     by_bytes = traffic / rates.memory_bandwidth
-    return Prediction(products, by_bytes, max(products, by_bytes), ici, dcn)
+    return Prediction(products, by_bytes, 0.0, max(products, by_bytes), ici, dcn)

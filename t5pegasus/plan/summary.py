@@ -174,8 +174,9 @@ def _prediction_lines(plan: PlannedStep) -> list[str]:
     return [
         "prediction, a roofline and no measurement",
         f"  rates: {plan.rates.source}; memory {plan.rates.memory_bandwidth / 1e9:,.0f} GB/s",
-        f"  products {1e3 * times.products:.1f} ms, memory {1e3 * times.memory:.1f} ms, each instruction by the longer "
-        f"of both {1e3 * times.local:.1f} ms",
+        f"  products {1e3 * times.products:.1f} ms, memory {1e3 * times.memory:.1f} ms"
+        + (f", by the compiler's own estimates {1e3 * times.compiler:.1f} ms" if times.compiler else "")
+        + f"; each instruction by the longest {1e3 * times.local:.1f} ms",
         f"  interconnect {1e3 * times.ici:.1f} ms, network between slices {1e3 * times.dcn:.1f} ms",
         f"  step {1e3 * times.step:.1f} ms if these overlap, {1e3 * times.without_overlap:.1f} ms if not; limited by "
         f"{times.bound_by}",
