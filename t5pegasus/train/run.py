@@ -189,8 +189,9 @@ def _train(
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, start_row)))
         folder = stack.enter_context(working_copy(paths.run_path, writes=jax.process_index() == 0))
         metrics = stack.enter_context(_open_metrics(folder.path, paths, train, origin))
-        goodput.begin(folder.path, step, control.spent())
-        goodput.lose(metrics.dropped, step)
+        if metrics.writes:
+            stack.push(goodput.begin(folder.path, step, control))
+            goodput.lose(metrics.dropped, step)
         _write_rollbacks(metrics, rollbacks, origin)
         _write_start(metrics, paths, origin.config, step, mesh, memory)
         profiler = Profiler(train, folder.path / "profile")
