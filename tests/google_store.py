@@ -3,6 +3,7 @@
 The emulator does not know conditions on generations; the one that is used, `ifGenerationMatch=0`, is added here.
 """
 
+import http.server
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,10 @@ from gcp_storage_emulator import server
 from gcp_storage_emulator.handlers import objects
 
 BUCKET = "bucket"
+
+
+class _Server(http.server.HTTPServer):
+    request_queue_size = 128  # connections of all threads at once: one that finds no place is tried again after seconds
 
 
 class GoogleStore:
@@ -41,6 +46,16 @@ class GoogleStore:
                 act(handler)
                 return True
         return False
+
+
+def stop_the_clock(patch: pytest.MonkeyPatch) -> list[float]:
+    """Let pauses between attempts pass at once, and nothing else take time; the list has their lengths."""
+    from t5pegasus.storage import attempts
+
+    pauses: list[float] = []
+    patch.setattr(attempts, "sleep", pauses.append)
+    patch.setattr(attempts, "monotonic", lambda: sum(pauses))
+    return pauses
 
 
 def cut_short(handler: Any) -> None:
@@ -81,6 +96,7 @@ def run_google_store() -> Iterator[GoogleStore]:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(http.server, "HTTPServer", _Server)
         patch.setattr(server.Router, "handle", handle_or_fail)
         patch.setattr(objects, "_multipart_upload", upload_if_new)
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")

@@ -137,8 +137,9 @@ def _train(args: Train) -> None:
     local = dataclasses.replace(args, input=tuple(map(fetch, args.input)), from_vocabulary=vocabulary)
     request = _describe(local)
     if (args.output_path / "tokenizer.json").is_file():
-        load_tokenizer(fetch(args.output_path))
-        _require_same(request, read_tokenizer_json(args.output_path).get("made_by", {}), args.output_path)
+        made = fetch(args.output_path)
+        load_tokenizer(made)
+        _require_same(request, read_tokenizer_json(made).get("made_by", {}), args.output_path)
         print(f"{args.output_path} is complete already, made the same way: nothing to do")
     else:
         with staged_output(args.output_path) as output:

@@ -8,8 +8,8 @@ import errno
 import logging
 import os
 import random
-import time
 from collections.abc import Callable
+from time import monotonic, sleep
 from typing import Any, TypeVar
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
             (`T5PEGASUS_STORAGE_RETRY_SECONDS`, 120).
     """
     seconds = float(os.environ.get(RETRY_SECONDS_VARIABLE, _RETRY_SECONDS))
-    began, pause, tries = time.monotonic(), _FIRST_PAUSE, 0
+    began, pause, tries = monotonic(), _FIRST_PAUSE, 0
     while True:
         tries += 1
         try:
@@ -52,7 +52,7 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
         except _FINAL:
             raise
         except Exception as error:
-            spent = time.monotonic() - began
+            spent = monotonic() - began
             if not _is_transient(error):
                 raise OSError(errno.EIO, f"cannot {verb} {path}: {_describe(error)}") from error
             if spent + pause > seconds:
@@ -62,7 +62,7 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
                     "store can be reached and its quota is not used up, then give the same command again",
                 ) from error
             logger.info("%s %s: %s; trying again in %.1f s", verb, path, _describe(error), pause)
-            time.sleep(pause * random.uniform(0.5, 1.0))
+            sleep(pause * random.uniform(0.5, 1.0))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
@@ -82,7 +82,9 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _describe(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    if not str(error) and error.__cause__ is not None:  # fsspec's time-outs say nothing themselves
+        error = error.__cause__
+    text = " ".join(str(error).split()) or "no reason given"
     refused = _code(error) in _REFUSED_CODES or text.startswith("Forbidden")
     if refused or type(error).__module__.startswith("google.auth"):
         return f"access refused ({text[:200]}); {_WAY_IN}"

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from google_store import BUCKET, GoogleStore, run_google_store
+from google_store import BUCKET, GoogleStore, run_google_store, stop_the_clock
 
-from t5pegasus.storage import attempts, open_path
+from t5pegasus.storage import open_path
 
 _bucket = itertools.count()
 _PLACES = {"memory": "remote", "google": "bucket"}
@@ -19,6 +19,7 @@ class Faults:
     def __init__(self) -> None:
         self.planned: dict[str, list[Any]] = {}
         self.calls: list[tuple[str, str]] = []
+        self.pauses: list[float] = []
 
     def plan(self, operation: str, *faults: Any, forever: Any = None) -> None:
         """Each fault is an exception, None for none, or a function of (the operation, its arguments)."""
@@ -47,8 +48,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
 
     for name in OPERATIONS:
         patch(name, getattr(MemoryFileSystem, name))
-    monkeypatch.setattr(attempts, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setenv(attempts.RETRY_SECONDS_VARIABLE, "0.05")
+    faults.pauses = stop_the_clock(monkeypatch)
     return faults
 
 

@@ -24,6 +24,7 @@ print(seen.count("cache_hits"), seen.count("cache_misses"))
 """
 
 
+@pytest.mark.slow  # two processes that import JAX
 def test_a_second_process_finds_what_the_first_compiled(google: GoogleStore):
     address = f"gs://{BUCKET}/compiled"
     environment = os.environ | {

@@ -54,7 +54,10 @@ def test_what_goes_on_failing_ends_naming_object_and_cause(fault: Exception, fau
         before = faults.count(name)
         with pytest.raises(OSError, match=f"cannot {verb} {remote}.*{told}.*tried"):
             operation()
-        assert 2 < faults.count(name) - before < 20
+        assert 5 < faults.count(name) - before < 30
+        assert 100 < sum(faults.pauses) <= 120
+        assert max(faults.pauses) <= 16
+        faults.pauses.clear()
         faults.plan(name)
     assert (remote / "x").read_bytes() == b"0123456789"
 

@@ -2,6 +2,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google_store import stop_the_clock
 
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json, write_json
@@ -68,7 +69,7 @@ def test_only_one_writer_creates(place: Path):
 
 
 def test_a_file_that_ends_too_early_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("T5PEGASUS_STORAGE_RETRY_SECONDS", "0")
+    stop_the_clock(monkeypatch)
     write_bytes(place / "x", b"0123456789")
     with pytest.raises(OSError, match="x"):
         read_range(place / "x", 5, 6)

@@ -5,17 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google_store import GoogleStore, cut_short, hang_up
+from google_store import GoogleStore, cut_short, hang_up, stop_the_clock
 
-from t5pegasus.storage import attempts, copy_tree, fetch, list_files, read_range, remove_tree, working_copy, write_bytes
+from t5pegasus.storage import copy_tree, fetch, list_files, read_range, remove_tree, working_copy, write_bytes
 
 
 @pytest.fixture(autouse=True)
-def _short_pauses(monkeypatch: pytest.MonkeyPatch, google: GoogleStore) -> None:
+def _without_pauses(monkeypatch: pytest.MonkeyPatch, google: GoogleStore) -> None:
     google.forget_plans()
     google.requests.clear()
-    monkeypatch.setattr(attempts, "_FIRST_PAUSE", 0.001)
-    monkeypatch.setenv(attempts.RETRY_SECONDS_VARIABLE, "0.3")
+    stop_the_clock(monkeypatch)
 
 
 @pytest.mark.parametrize("fault", [503, 500, 429, 408, hang_up, cut_short], ids=str)
