@@ -68,6 +68,8 @@ def init_distributed(join_seconds: int = 0) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Python's handler would wait for the end of a collective
     results = _send_stdout_to_stderr()
     _keep_compiled_programs()
+    if os.environ.get("JAX_PLATFORMS") == "cpu":
+        _keep_those_of_every_process()
 
     import jax
 
@@ -111,6 +113,25 @@ def _keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", str(compilation_cache_path(os.environ)))
     elif is_remote_text(given):
         jax.config.update("jax_compilation_cache_dir", _shared_cache(given))
+
+
+def _keep_those_of_every_process() -> None:
+    """Let each process write what it compiles: on CPUs its key of a program is its own, and JAX lets only the first.
+
+    Without this all others would compile again whenever a run goes on.
+    """
+    from jax._src import compiler, distributed
+
+    write, state = compiler._cache_write, distributed.global_state
+
+    def write_as_the_first(*args: Any, **kwargs: Any) -> None:
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*args, **kwargs)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = write_as_the_first
 
 
 def _shared_cache(address: str) -> str:
