@@ -41,7 +41,7 @@ class DataConfig(Record):
         for entry in self.mixture:
             folder, equals, text = entry.rpartition("=")
             require(
-                bool(folder and equals) and (text == "0" or is_positive_number(text)),
+                bool(folder and equals) and (is_positive_number(text) or text in ("0", "0.0")),
                 f"data.mixture: {entry!r} is no FOLDER=WEIGHT with a weight of 0 or more, e.g. examples=0.7",
             )
             require(folder not in weights, f"data.mixture names {folder} twice; give each folder once")

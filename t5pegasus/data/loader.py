@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import sys
 import threading
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import grain
 import numpy as np
@@ -106,20 +106,41 @@ class PackedRows:
         """The batch of these rows of the table, always the same; from `num_rows` on they are empty, with weight 0."""
         return self._batch(table_rows, [0] * len(table_rows), table_rows)
 
-    def _batch(
-        self, table_rows: Sequence[int] | np.ndarray, epochs: Sequence[int], row_ids: Sequence[int] | np.ndarray
-    ) -> Batch:
+    def find_bad_examples(self, stream_rows: Sequence[int] | np.ndarray) -> list[BadExample]:
+        """Those among these rows of the stream that cannot be used, read once more to find them.
+
+        Raises:
+            DataError: if with them there are more than allowed.
+        """
+        at = [divmod(int(row), self.num_rows) for row in stream_rows]
+        _, indices = self._members([self.table_row(k, epoch) for epoch, k in at])
+        found = self._name(self.shards.read_sequences(indices)[2], indices)
+        for bad in found:
+            self._quarantine.admit(bad)
+        return found
+
+    def _members(self, table_rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """How many examples each row holds, and which, one row behind the other; both int64."""
         starts = self.table.row_starts
         members = [
             self.table.examples[starts[row] : starts[row + 1]] if row < self.num_rows else np.empty(0, np.int64)
             for row in table_rows
         ]
         counts = np.array([len(member) for member in members], np.int64)
-        indices = np.concatenate([np.empty(0, np.int64), *members])
+        return counts, np.concatenate([np.empty(0, np.int64), *members])
+
+    def _name(self, faults: Mapping[int, str], indices: np.ndarray) -> list[BadExample]:
+        path, shard_of = self.shards.path, self.shards.shard_of
+        named = [(int(indices[at]), reason) for at, reason in sorted(faults.items())]
+        return [BadExample(str(path / shard_of(index).file), index, reason) for index, reason in named]
+
+    def _batch(
+        self, table_rows: Sequence[int] | np.ndarray, epochs: Sequence[int], row_ids: Sequence[int] | np.ndarray
+    ) -> Batch:
+        counts, indices = self._members(table_rows)
         sources, targets, faults = self.shards.read_sequences(indices)
-        for at, reason in faults.items():
-            index = int(indices[at])
-            self._quarantine.admit(BadExample(str(self.shards.path / self.shards.shard_of(index).file), index, reason))
+        for bad in self._name(faults, indices):
+            self._quarantine.admit(bad)
         if self.shards.corruption is not None:
             keys = example_keys(self.data.seed, np.repeat(np.array(epochs, np.int64), counts), indices)
             sources, targets = self.shards.corruption.corrupt(sources.shortened(self._longest_text), keys)
@@ -139,8 +160,22 @@ class PackedRows:
         )
 
 
+class Rows(Protocol):
+    """What batches are loaded from: `PackedRows`, or a mixture of them."""
+
+    num_rows: int
+
+    def stream_batch(self, stream_rows: Sequence[int] | np.ndarray) -> Batch:
+        """The batch of these rows of the endless stream."""
+        ...
+
+    def ordered_batch(self, table_rows: Sequence[int] | np.ndarray) -> Batch:
+        """The batch of these rows of the table; from `num_rows` on they are empty."""
+        ...
+
+
 def load_batches(
-    rows: PackedRows,
+    rows: Rows,
     batch_size: int,
     start_row: int,
     *,
@@ -167,7 +202,7 @@ def load_batches(
         yield from batches
 
 
-def load_epoch(rows: PackedRows, batch_size: int, *, batch_rows: np.ndarray | None = None) -> Iterator[Batch]:
+def load_epoch(rows: Rows, batch_size: int, *, batch_rows: np.ndarray | None = None) -> Iterator[Batch]:
     """Every row once, in the order of the table; the last batch is filled up with empty rows of weight 0."""
     wanted = np.arange(batch_size) if batch_rows is None else np.asarray(batch_rows, np.int64)
     for first in range(0, rows.num_rows, batch_size):
@@ -181,9 +216,7 @@ class _StreamBatches:
     files can be closed after it.
     """
 
-    def __init__(
-        self, rows: PackedRows, batch_size: int, start_row: int, batch_rows: np.ndarray, num_threads: int
-    ) -> None:
+    def __init__(self, rows: Rows, batch_size: int, start_row: int, batch_rows: np.ndarray, num_threads: int) -> None:
         self._rows, self._batch_size = rows, batch_size
         self._start_row, self._batch_rows = start_row, batch_rows
         self._num_threads, self._reading = num_threads, threading.Semaphore(num_threads)

@@ -8,6 +8,7 @@ import numpy as np
 from t5pegasus.batch import Batch
 from t5pegasus.data.loader import PackedRows
 from t5pegasus.data.mixture import Change, Changes, MixtureSchedule
+from t5pegasus.data.quarantine import BadExample
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import UsageError
 
@@ -72,6 +73,14 @@ class MixedRows:
             for fingerprint, places, numbers in self._schedule.assign(wanted)
         ]
         return _join(parts, wanted)
+
+    def find_bad_examples(self, stream_rows: Sequence[int] | np.ndarray) -> list[BadExample]:
+        """Those among these rows of the stream that cannot be used, by source (`PackedRows.find_bad_examples`)."""
+        return [
+            bad
+            for fingerprint, _, numbers in self._schedule.assign(np.asarray(stream_rows, np.int64))
+            for bad in self.sources[self._position[fingerprint]].find_bad_examples(numbers)
+        ]
 
     def ordered_batch(self, table_rows: Sequence[int] | np.ndarray) -> Batch:
         """The batch of these rows of all tables behind each other; from `num_rows` on they are empty, with weight 0."""

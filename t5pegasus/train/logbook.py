@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from t5pegasus.config import RunConfig
+from t5pegasus.data.quarantine import BadExample
 from t5pegasus.errors import DivergedError
 from t5pegasus.progress import Progress, format_count
 from t5pegasus.train.control import Control
@@ -94,6 +95,10 @@ class Logbook:
             "rollback": f", behind train.max_rollbacks={train.max_rollbacks} rollbacks",
         }.get(policy, "")
         raise DivergedError(f"{what}{limit}; the last checkpoint is intact: {_WAY_OUT}")
+
+    def bad_examples(self, step: int, found: Sequence[BadExample]) -> None:
+        """Write down which examples of an update could not be used, and why."""
+        self.metrics.write("bad_examples", step, examples=[each._asdict() for each in found])
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write the scores of an evaluation."""

@@ -16,7 +16,7 @@ from t5pegasus.train.metrics import count_flops, peak_flops
 from t5pegasus.train.norms import name_norms
 
 Numbers = dict[str, Any]
-_COUNTED = ("source_tokens", "target_tokens", "examples")
+_COUNTED = ("source_tokens", "target_tokens", "examples", "bad_examples")
 """Of which speeds are made; the other numbers of an update are averaged."""
 
 
@@ -76,6 +76,7 @@ class Meter:
             "updates": self._own_updates,
             **{name: total / self._applied for name, total in self._sums.items()},
             **({"norms": self._last["norms"]} if "norms" in self._last else {}),
+            **({"bad_examples": int(self._counts["bad_examples"])} if self._counts["bad_examples"] else {}),
             **({"skipped": self.updates - self._applied} if self._applied < self.updates else {}),
             "seconds": seconds,
             "time": parts,

@@ -201,6 +201,7 @@ def _train(
             events=events,
             mesh=mesh,
             batches=batches,
+            find_bad_examples=rows.find_bad_examples,
             metrics=metrics,
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),

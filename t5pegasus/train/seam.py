@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import MANIFEST
 from t5pegasus.config import RunConfig
+from t5pegasus.data.quarantine import BadExample
 from t5pegasus.errors import PreemptedError, UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import count_parameters
@@ -70,6 +71,8 @@ class Run(NamedTuple):
     mesh: Mesh
     batches: Iterator[Batch]
     """Of the rows that the state has not consumed yet, on the mesh."""
+    find_bad_examples: Callable[[Sequence[int]], list[BadExample]]
+    """Rows of the stream → the examples among them that cannot be used."""
     metrics: MetricsWriter
     measurement: Measurement
     make_evaluate: Callable[[RunConfig], Evaluate | None]
@@ -225,6 +228,7 @@ def _train_phase(
         run.finish_saves,
         ends_phase=lambda step, history: due(step, history) is not None,
         sample=run.make_sample(phase.config),
+        find_bad_examples=run.find_bad_examples,
     )
     upcoming = next_event(run.events, phase.lineage)
     logbook = Logbook(phase.config, run.metrics, run.control, run.goodput, phase.course)

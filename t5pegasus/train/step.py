@@ -74,6 +74,7 @@ def pure_train_step(
             "source_tokens": jnp.sum(batch.encoder_segment_ids > 0),
             "target_tokens": jnp.sum(batch.decoder_loss_weights > 0),
             "examples": jnp.sum(jnp.max(batch.decoder_segment_ids, axis=1)),
+            "bad_examples": jnp.zeros(()) if batch.num_bad_examples is None else jnp.sum(batch.num_bad_examples),
             "norms": norms,
         }
         ema = update_ema(config.train, state.ema, parameters, state.step)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from t5pegasus.config import RunConfig
+from t5pegasus.data.quarantine import BadExample
 from t5pegasus.errors import PreemptedError
 from t5pegasus.train.agreement import Agreement, Check, StopAgreedError, make_check, no_check
 from t5pegasus.train.control import Control, Request
@@ -38,6 +39,8 @@ class Hooks(NamedTuple):
     """(step, history) of a checkpoint → whether the model changes behind it, so that the loop returns."""
     sample: Callable[[TrainState, Check], list[dict[str, Any]]] | None = None
     """State → summaries of held-out sources; None where none are wanted."""
+    find_bad_examples: Callable[[Sequence[int]], list[BadExample]] = lambda _: []
+    """Rows of the stream → the examples among them that cannot be used, for an update that had some."""
 
 
 class Outside(NamedTuple):
@@ -96,12 +99,16 @@ class Visit:
         Raises:
             DivergedError: if the run is to end with it.
             RollbackNeededError: if the run is to go back.
+            DataError: if more examples cannot be used than allowed.
         """
         if self.pending is None:
             return
         (step, values), self.pending = self.pending, None
         is_logged = is_due(self.config, self.config.train.log_every_steps, step)
         numbers = read_numbers(self.config, values, with_norms=is_logged)
+        if numbers["bad_examples"]:
+            rows = range(numbers["rows"] - self.config.train.batch_size, numbers["rows"])
+            self.logbook.bad_examples(step, self.hooks.find_bad_examples(rows))
         self.course = self.logbook.judge(step, numbers, self.course)
         self.logbook.meter.add(numbers)
         if is_logged:
