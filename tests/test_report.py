@@ -355,3 +355,36 @@ def test_ticks_enclose_what_they_measure(low: float, high: float):
 def test_report_never_imports_jax():
     code = "import sys, t5pegasus.report; assert not {'jax', 'flax', 'orbax', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_happened_on_the_way_is_told(tmp_path):
+    run = write_run(tmp_path / "run", SMALL, range(0, 40))
+    norms = {kind: {"encoder.mlp": 1.0, "lm_head": 2.0} for kind in ("gradient", "update", "parameter")}
+    bad = {"at_step": 33, "rows": [256, 264], "why": "loss is a spike", "loss": 9.5, "grad_norm": "nan"}
+    sample = {"source": "<原文>", "reference": "参考摘要", "summary": "生成的摘要", "scores": {"rouge-1": 41.5}}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for record in (
+            {"kind": "train", "step": 41, "loss": 2.0, "seconds": 1.0, "tokens_per_second": 9.0, "norms": norms},
+            {"kind": "divergence", "step": 33, "action": "skip", **bad},
+            {"kind": "divergence", "step": 30, "action": "rollback", **bad, "skipped_rows": [240, 264], "rollback": 1},
+            {
+                "kind": "bad_examples",
+                "step": 35,
+                "examples": [{"shard": "a.shard", "index": 7, "reason": "crc"}],
+            },
+            {"kind": "sample", "step": 40, "samples": [sample]},
+        ):
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    attempt = {"attempt": 1, "began": 0.0, "updated": 100.0, "first_step": 0, "last_step": 40, "lost_steps": 3}
+    attempt |= {"seconds": {"step": 80.0, "compile": 20.0}, "lost_seconds": 5.0, "down_seconds": 0.0}
+    write_lines(run / "goodput.jsonl", [attempt])
+    write_report([run], tmp_path / "page.html")
+    outline = read_page(tmp_path / "page.html")
+    ids = {value for name, value in outline.attributes if name == "id"}
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert {"goodput", "ledger", "norms-by-group", "samples-while-training"} <= ids
+    for text in (
+        "75.0 % goodput of 1 min 40 s", "updates made again: 3", "loss is a spike", "rows 256 – 263", "back to step 30",
+        "rows 240 – 263", "example 7 of a.shard", "&lt;原文&gt;", "ROUGE-1 41.5", "encoder.mlp",
+    ):  # fmt: skip
+        assert text in page, text

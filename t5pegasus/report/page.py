@@ -6,6 +6,7 @@ from pathlib import Path
 
 from t5pegasus import __version__
 from t5pegasus.errors import UsageError, reading
+from t5pegasus.report.course import show_course
 from t5pegasus.report.curves import show_curves
 from t5pegasus.report.details import show_config, show_data, show_environment
 from t5pegasus.report.growth import show_growths
@@ -54,7 +55,10 @@ def render_page(runs: Sequence[Run], lone: Sequence[Evaluation] = (), num_exampl
     title = ", ".join([" → ".join(names)] * bool(names) + [evaluation.name for evaluation in lone])
     samples = show_samples([*(run.evaluation for run in runs), *lone], num_examples)
     if runs:
-        before, after = (show_overview, show_curves, show_growths), (show_data, show_config, show_environment)
+        before, after = (
+            (show_overview, show_curves, show_growths, show_course),
+            (show_data, show_config, show_environment),
+        )
         sections = join([*(show(runs) for show in before), samples, *(show(runs) for show in after)])
         headline, kind = names[-1], Markup('training report <span lang="zh">训练报告</span>')
     else:

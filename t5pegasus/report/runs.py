@@ -54,6 +54,8 @@ class Run:
     checkpoints: tuple[Json, ...]
     """Descriptions of the checkpoints kept, oldest first."""
     evaluation: Evaluation
+    attempts: tuple[Json, ...]
+    """Lines of goodput.jsonl: what the time of each attempt was spent on."""
     parent: "Run | None"
     """The run whose checkpoint this one started from."""
     growths: tuple[Growth, ...]
@@ -181,6 +183,7 @@ def _load_new(path: Path, runs: dict[Path, Run]) -> Run:
         heldout=_read_if_there(heldout_path and heldout_path / "manifest.json"),
         checkpoints=tuple(_checkpoints(path)),
         evaluation=load_evaluation(path),
+        attempts=tuple(read_json_lines(path / "goodput.jsonl")[0]),
         parent=parent,
         growths=growths,
     )

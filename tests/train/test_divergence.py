@@ -79,8 +79,13 @@ def same_state(ours, theirs):
         np.testing.assert_array_equal(ours[name], array, err_msg=name)
 
 
-def test_a_skipped_update_leaves_all_but_step_and_rows(config, examples_path):
-    config = with_train(config, on_divergence="skip", ema_decay=0.9)
+@pytest.fixture(scope="module")
+def skipping(config):
+    return with_train(config, on_divergence="skip", spike_factor=6.0, spike_window=3)
+
+
+def test_a_skipped_update_leaves_all_but_step_and_rows(skipping, examples_path):
+    config = skipping
     mesh = make_mesh(config.mesh)
     step = make_train_step(config, mesh)
     with (
@@ -89,7 +94,7 @@ def test_a_skipped_update_leaves_all_but_step_and_rows(config, examples_path):
     ):
         batches = [place_batch(next(stream), np.arange(8), 8, mesh) for _ in range(3)]
     bad = place_batch(poison(jax.tree.map(np.asarray, batches[1])), np.arange(8), 8, mesh)
-    state = init_state(config.model, 0, mesh, config.optimizer, with_ema=True)
+    state = init_state(config.model, 0, mesh, config.optimizer, window=3)
     state, _ = step(state, batches[0])
     before = {name: np.asarray(array) for name, array in state_to_arrays(state).items()}
     state, metrics = step(state, bad)
@@ -116,11 +121,6 @@ def test_a_spike_stands_out_of_the_window_and_a_new_level_is_learnt(config):
     assert seen[-1] == Why(0)
     assert int(recent["count"]) == len(losses) - 1  # what is not finite is not remembered
     assert float(limits["loss_limit"]) < 9.0
-
-
-@pytest.fixture(scope="module")
-def skipping(config):
-    return with_train(config, on_divergence="skip", spike_factor=6.0, spike_window=3)
 
 
 def test_skips_are_on_record_and_a_killed_run_skips_the_same(tmp_path, without_heldout, skipping, poisoned):
