@@ -38,6 +38,8 @@ def main() -> None:
     """Measure what was asked for, print tables and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=Path, help="default: full rows only")
+    parser.add_argument("--kind", choices=("pretrain", "pairs"), default="pretrain", help="what the documents are")
+    parser.add_argument("--vocabulary", type=Path, help="a vocab.txt of 50,000 entries; default: train one")
     parser.add_argument("--output-path", type=Path, default=Path("runs/step-speed"), help="tokenizer and examples")
     parser.add_argument("--rounds", type=int, default=7, help="steps of each side per table")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.1, 0.0])
@@ -51,12 +53,12 @@ def main() -> None:
     for dropout in args.dropout:
         missed += compare("full rows", dropout, None, args.rounds)
     if args.documents:
-        examples = build_examples(args.documents, args.output_path)
+        examples = build_examples(args.documents, args.kind, args.vocabulary, args.output_path)
         missed += compare("documents", args.dropout[0], examples, args.rounds)
     sys.exit(1 if missed else 0)
 
 
-def build_examples(documents: Path, output_path: Path) -> Path:
+def build_examples(documents: Path, kind: str, vocabulary: Path | None, output_path: Path) -> Path:
     """Tokenizer and examples by the command a user would type; a build done before is found done."""
 
     def run(verb: str, *arguments: Any) -> None:
@@ -64,8 +66,9 @@ def build_examples(documents: Path, output_path: Path) -> Path:
 
     tokenizer, examples = output_path / "tokenizer", output_path / "examples"
     lengths = ("--max-source-tokens", SOURCE, "--max-target-tokens", TARGET)
-    run("tokenizer", "train", "--input", documents, "--output-path", tokenizer, "--vocab-size", VOCABULARY)
-    run("build", documents, "--output-path", examples, "--tokenizer-path", tokenizer, *lengths)
+    texts = ("--from-vocabulary", vocabulary) if vocabulary else ("--input", documents, "--vocab-size", VOCABULARY)
+    run("tokenizer", "train", *texts, "--output-path", tokenizer)
+    run("build", documents, "--kind", kind, "--output-path", examples, "--tokenizer-path", tokenizer, *lengths)
     return examples
 
 
