@@ -8,8 +8,8 @@ With k micro-batches whose mean gradients are h_1 … h_k, the first of them let
 gradients is kept beside them: of the trees of the size of the model that an update needs, one is saved.
 
 m is that of plain accumulation, so SGD with momentum is the same optimizer. In v stands the mean of squares in place of
-the square of the mean: larger by the variance of h times (1 − 1/k). Where noise is all there is, AdamW's steps
-are √k times smaller than with plain accumulation. Lion and Muon look at the mean before and at the gradient
+the square of the mean: larger on average by (1 − 1/k) times the variance of h. Where noise is all there is, AdamW's
+steps are √k times smaller than with plain accumulation. Lion and Muon look at the mean before and at the gradient
 of the whole batch apart, and Adafactor at means over its squares: none of them can do without it.
 """
 
