@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -108,7 +109,7 @@ def ours(path: Path, data: DataConfig) -> Side:
             yield batches
 
     def count(batch) -> int:
-        return np.count_nonzero(batch.encoder_segment_ids) + np.count_nonzero(batch.decoder_segment_ids)
+        return int(np.count_nonzero(batch.encoder_segment_ids) + np.count_nonzero(batch.decoder_segment_ids))
 
     return opened(), count
 
@@ -125,14 +126,14 @@ def peer(path: Path, data: DataConfig) -> Side:
 
     @contextlib.contextmanager
     def opened() -> Iterator[Iterator]:
-        source = grain.sources.ArrayRecordDataSource([str(path / shard["file"]) for shard in manifest["shards"]])
+        source: Any = grain.sources.ArrayRecordDataSource([str(path / shard["file"]) for shard in manifest["shards"]])
         examples = grain.MapDataset.source(source).shuffle(seed=0).map(parse).repeat()
         stream = examples.to_iter_dataset(grain.ReadOptions(num_threads=NUM_THREADS, prefetch_buffer_size=500))
         packed = FirstFitPackIterDataset(stream, length_struct=lengths, num_packing_bins=128)
         yield iter(packed.batch(BATCH_SIZE))
 
     def count(batch) -> int:
-        return sum(np.count_nonzero(batch[f"{name}_segment_ids"]) for name in lengths)
+        return int(sum(np.count_nonzero(batch[f"{name}_segment_ids"]) for name in lengths))
 
     return opened(), count
 

@@ -10,6 +10,7 @@ import hashlib
 import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol, Self
 
@@ -77,6 +78,7 @@ class PackedRows:
             raise DataError(f"{examples_path} holds no examples; build it from more documents")
         self.table = load_packing(self.shards, data)
         self.num_rows = self.table.num_rows
+        self.borders: Sequence[int] = (0, self.num_rows)
         if self.shards.corruption is not None:
             self._longest_text = longest_text(self.shards.corruption, data)
 
@@ -164,6 +166,8 @@ class Rows(Protocol):
     """What batches are loaded from: `PackedRows`, or a mixture of them."""
 
     num_rows: int
+    borders: Sequence[int]
+    """Where in the table each source begins, and where the last ends."""
 
     def stream_batch(self, stream_rows: Sequence[int] | np.ndarray) -> Batch:
         """The batch of these rows of the endless stream."""
@@ -203,10 +207,12 @@ def load_batches(
 
 
 def load_epoch(rows: Rows, batch_size: int, *, batch_rows: np.ndarray | None = None) -> Iterator[Batch]:
-    """Every row once, in the order of the table; the last batch is filled up with empty rows of weight 0."""
+    """Every row once, in the order of the table; the last batch of a source is filled up with rows of weight 0."""
     wanted = np.arange(batch_size) if batch_rows is None else np.asarray(batch_rows, np.int64)
-    for first in range(0, rows.num_rows, batch_size):
-        yield rows.ordered_batch(first + wanted)
+    for begin, end in pairwise(rows.borders):
+        for first in range(begin, end, batch_size):
+            places = first + wanted
+            yield rows.ordered_batch(np.where(places < end, places, rows.num_rows))
 
 
 class _StreamBatches:

@@ -35,6 +35,7 @@ class MixedRows:
         self._seed = seed
         self._starts = np.cumsum([0] + [rows.num_rows for rows in self.sources])
         self.num_rows = int(self._starts[-1])
+        self.borders: Sequence[int] = tuple(self._starts.tolist())
         self._position: dict[str, int] = {}
         for at, (name, rows) in enumerate(sources.items()):
             self._check(name, rows)

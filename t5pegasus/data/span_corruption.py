@@ -40,8 +40,8 @@ class SpanCorruption(NamedTuple):
         Raises:
             TypeError: if a field is missing or of another name.
         """
-        given = dict(value)
-        return cls(**given | {name: tuple(given[name]) for name in ("sentinel_ids", "prefix_ids")})
+        lists: dict[str, Any] = {name: tuple(value[name]) for name in ("sentinel_ids", "prefix_ids")}
+        return cls(**{**value, **lists})
 
     def count(self, num_tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens that are cut out of so many (at least 2), and in how many spans; int64 of the same shape."""

@@ -122,7 +122,7 @@ def follow_mixture(path: Path, info: CheckpointInfo, weights: Mapping[str, float
         raise UsageError(f"data config of checkpoint {path} is {stored}, got {now}; {way_out}")
     before = read_changes(info)
     missing = [name for name in (before[-1].shares() if before else {"no examples": 1}) if name not in weights]
-    if missing and len(before) < 2 and len(weights) == 1:
+    if missing and max([len(change.weights) for change in before], default=1) == len(weights) == 1:
         raise UsageError(f"examples of checkpoint {path} is {missing[0]}, got {next(iter(weights))}; {way_out}")
     if missing:
         raise UsageError(

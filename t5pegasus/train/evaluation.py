@@ -11,7 +11,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
-from t5pegasus.data.loader import PackedRows, load_epoch
+from t5pegasus.data.loader import load_epoch
+from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.errors import UsageError
 from t5pegasus.train.agreement import Check
 from t5pegasus.train.heldout_loss import make_heldout_loss
@@ -37,13 +38,13 @@ class Scorer(NamedTuple):
 
 
 def make_evaluate(
-    rows: PackedRows, config: RunConfig, mesh: Mesh, scorer: Scorer | None, max_rows: int | None = None
+    rows: MixedRows, config: RunConfig, mesh: Mesh, scorer: Scorer | None, max_rows: int | None = None
 ) -> Evaluate:
-    """A function state → held-out loss and accuracy, and the scores, of the weights that users will take.
+    """A function state → held-out losses and accuracy, and the scores, of the weights that users will take.
 
     With `max_rows` the losses are those of about as many rows, the first ones, in whole batches.
     """
-    heldout_loss = make_heldout_loss(config, mesh)
+    heldout_loss = make_heldout_loss(config, mesh, rows.names)
     batch_size = config.train.batch_size // config.train.accumulation_steps
 
     def evaluate(state: TrainState, check: Check) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """The held-out loss of parameters, jitted over the mesh."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
@@ -18,9 +18,12 @@ from t5pegasus.train.on_mesh import OnMesh
 
 
 def make_heldout_loss(
-    config: RunConfig, mesh: Mesh
+    config: RunConfig, mesh: Mesh, sources: Sequence[str] = ()
 ) -> Callable[[dict[str, jax.Array], Iterable[Batch]], dict[str, float]]:
-    """A function (parameters, whole batches, the same in each process) → mean loss and accuracy per target token."""
+    """A function (parameters, whole batches, the same in each process) → mean loss and accuracy per target token.
+
+    Where there are several sources, each batch is of one of them, and `loss/NAME` is the mean over those of a source.
+    """
     specs = declare_parameters(config.model)
     compute_dtype = resolve_compute_dtype(config)
 
@@ -31,12 +34,15 @@ def make_heldout_loss(
     jitted = OnMesh(mesh, jax.jit(sums, in_shardings=(param_shardings(specs, mesh), batch_shardings(mesh))))
 
     def heldout_loss(parameters: dict[str, jax.Array], batches: Iterable[Batch]) -> dict[str, float]:
-        total = np.zeros(4)
+        totals = np.zeros((max(1, len(sources)), 4))
         for batch in batches:
             rows = np.arange(len(batch.row_ids))
             placed = place_batch(batch, rows, len(rows), mesh)
-            total += np.array(jax.device_get(jitted(parameters, placed)[:4]), np.float64)
-        nll, _, correct, weight = total
-        return {"loss": float(nll / weight), "accuracy": float(correct / weight)}
+            source = int(batch.source_ids[0]) if len(sources) > 1 else 0
+            totals[source] += np.array(jax.device_get(jitted(parameters, placed)[:4]), np.float64)
+        nll, _, correct, weight = totals.sum(axis=0)
+        by_source = totals[:, 0] / np.maximum(totals[:, 3], 1)
+        named = {f"loss/{name}": loss for name, loss in zip(sources, by_source.tolist())} if len(sources) > 1 else {}
+        return {"loss": float(nll / weight), "accuracy": float(correct / weight), **named}
 
     return heldout_loss

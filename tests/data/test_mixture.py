@@ -167,12 +167,14 @@ def test_each_row_is_of_the_source_it_names_and_epochs_repeat_nothing(folders):
 def test_an_epoch_over_a_mixture_is_all_tables_behind_each_other(folders):
     with open_mixture(folders, MIXED) as rows:
         batches = list(load_epoch(rows, 16))
-        sources = np.concatenate([batch.source_ids for batch in batches])[: rows.num_rows]
-        weights = np.concatenate([batch.decoder_loss_weights for batch in batches])
+        full = [batch.decoder_loss_weights.sum(axis=1) > 0 for batch in batches]
+        # No batch is of two sources; the last of each is filled up.
+        assert all((batch.source_ids[each] == batch.source_ids[0]).all() for batch, each in zip(batches, full))
+        sources = np.concatenate([batch.source_ids[each] for batch, each in zip(batches, full)])
+        ids = np.concatenate([batch.row_ids[each] for batch, each in zip(batches, full)])
     assert np.bincount(sources).tolist() == [source.num_rows for source in rows.sources]
     assert (np.diff(sources) >= 0).all()
-    assert (weights[: rows.num_rows].sum(axis=1) > 0).all()
-    assert weights[rows.num_rows :].sum() == 0
+    np.testing.assert_array_equal(ids, np.arange(rows.num_rows))
 
 
 def test_sources_that_do_not_belong_together_are_refused(folders, tmp_path):
