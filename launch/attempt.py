@@ -1,5 +1,6 @@
 """One attempt at a run: this process's part of it, from its first signal handler to its exit code."""
 
+import contextlib
 import logging
 import os
 import platform
@@ -109,15 +110,22 @@ class Attempt:
         else:
             self._fail(error)
         self._unwatch()
+        refused = error is not None and exit_codes.exit_code(error) == exit_codes.USAGE
+        if refused and self._alone and self.control.first_step is None:
+            self._forget()
         for timer in self._timers:
             timer.cancel()
         self._signals.__exit__(None, None, None)
 
+    @property
+    def _alone(self) -> bool:
+        return self.watchdog is None or self.watchdog.num_processes == 1
+
     def _fail(self, error: BaseException) -> None:
         code = exit_codes.exit_code(error)
         culprit = None
-        if self.watchdog and self.watchdog.num_processes > 1 and _may_come_from_another(error):
-            culprit = self.watchdog.find_culprit(_CULPRIT_SECONDS)
+        if not self._alone and _may_come_from_another(error):
+            culprit = self.watchdog and self.watchdog.find_culprit(_CULPRIT_SECONDS)
         if culprit is not None:
             self._leave(culprit)
         how = {
@@ -129,8 +137,17 @@ class Attempt:
         message = words if code != exit_codes.BUG else f"{type(error).__name__}: {words}"
         lines = "".join(traceback.format_exception(error))
         self._end(code, how, message, lines, saved=isinstance(error, PreemptedError))
-        if self.watchdog and self.watchdog.num_processes > 1 and self.watchdog.process == 0:
+        if not self._alone:
             processes.before_leaving.append(self._linger)
+
+    def _forget(self) -> None:
+        """Leave nothing behind a command that could not work as it was given: it was no attempt."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError):  # a folder that holds something else stays
+            self._file.path.unlink()
+            for folder in list(self._file.path.parents)[:3]:
+                folder.rmdir()
 
     def _watch(self, folder: Path, number: int | None, process: int, num_processes: int) -> None:
         assert self.run_path is not None
@@ -153,7 +170,6 @@ class Attempt:
         with self._lock:
             if self._file is not None:
                 self._file.close()
-                self._file = None
 
     def _write(self, news: dict[str, Any]) -> dict[str, Any]:
         with self._lock:
@@ -185,9 +201,8 @@ class Attempt:
             processes.leave_at_once(verdict.code)
 
     def _linger(self) -> None:
-        watchdog = self.watchdog
-        if watchdog is not None and watchdog.process == 0 and watchdog.num_processes > 1:
-            watchdog.wait_for_peers(_LINGER_SECONDS)
+        if self.watchdog is not None and self.watchdog.process == 0 and not self._alone:
+            self.watchdog.wait_for_peers(_LINGER_SECONDS)
 
     def _answer(self, number: int) -> None:
         """Act on a signal; runs in the thread that hears them."""

@@ -93,6 +93,7 @@ class RecordFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self._closed = False
         self._file: int | None = None
         if not is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,6 +105,8 @@ class RecordFile:
         Raises:
             OSError: if that cannot be written.
         """
+        if self._closed:
+            return
         content = _encode(record)
         if self._file is None:
             write_bytes(self.path, content)
@@ -111,7 +114,8 @@ class RecordFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Let go of the file; what is written later is not."""
+        self._closed = True
         if self._file is not None:
             os.close(self._file)
             self._file = None
