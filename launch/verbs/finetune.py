@@ -5,7 +5,7 @@ import math
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import tyro
 
@@ -39,6 +39,15 @@ class TrainFlags(TrainConfig):
 
 
 @dataclasses.dataclass(frozen=True)
+class DataFlags(DataConfig):
+    """Lengths of packed rows and the seed of their order."""
+
+    max_source_tokens: int = 256
+    max_target_tokens: int = 64
+    mixture: tyro.conf.SuppressFixed[tyro.conf.Fixed[tuple[str, ...]]] = ()  # of pretraining
+
+
+@dataclasses.dataclass(frozen=True)
 class Finetune:
     """Train a checkpoint on pairs of text and summary: jsonl {text, summary} or lines title<TAB>text.
 
@@ -63,7 +72,7 @@ class Finetune:
     """Passes over the pairs; decides the number of updates."""
     dropout_rate: float | None = None
     """Instead of the checkpoint's."""
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(256, 64))
+    data: DataFlags = dataclasses.field(default_factory=DataFlags)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=lambda: DEFAULT_OPTIMIZER)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     train: TrainFlags = dataclasses.field(default_factory=TrainFlags)
@@ -90,20 +99,21 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     from t5pegasus.train.run_folder import check_run_path
 
     check_run_path(args.run_path)
+    data = DataConfig(**dataclasses.asdict(args.data))
     source = local_checkpoint(args.checkpoint, arrays=False)
     model = load_checkpoint_info(source).config.model
     if args.dropout_rate is not None:
         model = dataclasses.replace(model, dropout_rate=args.dropout_rate)
 
     def build(pairs_path: Path, name: str) -> Path:
-        return _build_pairs(pairs_path, source / "tokenizer", args.run_path / name, args.data)
+        return _build_pairs(pairs_path, source / "tokenizer", args.run_path / name, data)
 
     examples_path = args.examples_path or build(cast(Path, args.train_path), "examples")
     heldout_path = args.heldout_path and build(args.heldout_path, "heldout_examples")
-    with PackedRows(examples_path, args.data, model.pad_token_id, model.decoder_start_token_id) as rows:
+    with PackedRows(examples_path, data, model.pad_token_id, model.decoder_start_token_id) as rows:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
     train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
-    config = RunConfig(model, args.data, args.optimizer, args.mesh, train)
+    config = RunConfig(model, data, args.optimizer, args.mesh, train)
     begun_from = args.checkpoint if is_remote(args.checkpoint) else source
     paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
@@ -122,7 +132,10 @@ def _build_pairs(pairs_path: Path, tokenizer_path: Path, output_path: Path, data
     from t5pegasus.corpus.build import BuildConfig, build_examples
 
     if jax.process_index() == 0:
-        lengths = {"max_source_tokens": data.max_source_tokens, "max_target_tokens": data.max_target_tokens}
+        lengths: dict[str, Any] = {
+            "max_source_tokens": data.max_source_tokens,
+            "max_target_tokens": data.max_target_tokens,
+        }
         build_examples([pairs_path], tokenizer_path, output_path, BuildConfig(kind="pairs", **lengths))
         print(f"{pairs_path}: {describe_pairs(output_path, data)}", file=sys.stderr)
     if jax.process_count() > 1:
