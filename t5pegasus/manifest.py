@@ -2,16 +2,18 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from t5pegasus.errors import ArtifactError, UsageError, reading
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 from t5pegasus.storage import is_remote, list_files
 
 MANIFEST = "manifest.json"
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 Files = Mapping[str, Mapping[str, Any]]
 """File name, relative to the folder → {bytes, sha256}."""
@@ -40,18 +42,16 @@ def write_manifest(folder: Path, known: Files | None = None) -> dict[str, Any]:
     Raises:
         OSError: if the disk fails, or a known file is not there any more.
     """
-    known = known or {}
-    sizes = _list_sizes(folder)
-    for name, entry in known.items():
-        if sizes.get(name) != entry["bytes"]:
-            raise OSError(f"{folder / name} has {sizes.get(name)} bytes, {entry['bytes']} were written")
+    known, sizes = known or {}, _list_sizes(folder)
     unread = [name for name in sizes if name not in known]
-    if not is_remote(folder):
-        for path in (*(folder / name for name in unread), *(each for each in folder.rglob("*") if each.is_dir())):
-            flush(path)
-        flush(folder)
+    if not is_remote(folder):  # what a store has taken it has; its listing may lag behind
+        for name, entry in known.items():
+            if sizes.get(name) != entry["bytes"]:
+                raise OSError(f"{folder / name} has {sizes.get(name)} bytes, {entry['bytes']} were written")
+        folders = [folder, *(each for each in folder.rglob("*") if each.is_dir())]
+        _in_threads(flush, [*(folder / name for name in unread), *folders])
     found = {**known, **dict(zip(unread, _in_threads(lambda name: _describe_file(folder / name), unread)))}
-    files = {name: dict(found[name]) for name in sizes}
+    files = {name: dict(found[name]) for name in sorted(found)}
     manifest = {"schema": SCHEMA, "fingerprint": _fingerprint(files), "files": files}
     write_json(folder / MANIFEST, manifest)
     return manifest
@@ -154,10 +154,10 @@ def _list_sizes(folder: Path) -> dict[str, int]:
     return {name: size for name, size in sorted(list_files(folder).items()) if name != MANIFEST}
 
 
-def _in_threads(function: Callable[[str], Any], names: list[str]) -> list[Any]:
-    """On all cores: hashing is what takes the time, and lets other threads run meanwhile."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(function, names))
+def _in_threads(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+    """Some more than there are cores: they hash, which lets others run meanwhile, or wait for the disk."""
+    with ThreadPoolExecutor(2 * (os.cpu_count() or 1)) as pool:
+        return list(pool.map(function, items))
 
 
 def _describe_file(file: Path) -> dict[str, Any]:
