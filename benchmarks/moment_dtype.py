@@ -37,7 +37,7 @@ from t5pegasus.train.optimizer import update
 from t5pegasus.train.state import start_state
 from t5pegasus.train.step import make_train_step
 
-LENGTHS = {"max_source_tokens": 96, "max_target_tokens": 32}
+LENGTHS = {"max-source-tokens": 96, "max-target-tokens": 32}
 SIDES = ("float32", "twin", "bfloat16", "to nearest")
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     examples = build_examples(args.data_path, args.output_path)
     config = RunConfig(
         model=tiny().model,
-        data=DataConfig(**LENGTHS),
+        data=DataConfig(max_source_tokens=LENGTHS["max-source-tokens"], max_target_tokens=LENGTHS["max-target-tokens"]),
         train=TrainConfig(steps=args.steps, batch_size=args.batch_size),
     )
     ids = config.model.pad_token_id, config.model.decoder_start_token_id
@@ -86,7 +86,7 @@ def build_examples(documents: Path, output_path: Path) -> Path:
         importlib.import_module(f"launch.verbs.{verb}").main([str(argument) for argument in arguments])
 
     tokenizer, examples = output_path / "tokenizer", output_path / "examples"
-    flags = [part for name, value in LENGTHS.items() for part in (f"--{name.replace('_', '-')}", value)]
+    flags = [part for name, value in LENGTHS.items() for part in (f"--{name}", value)]
     run("tokenizer", "train", "--input", documents, "--output-path", tokenizer, "--vocab-size", 4608)
     run("build", documents, "--output-path", examples, "--heldout-documents", 60, "--tokenizer-path", tokenizer, *flags)
     return examples

@@ -34,7 +34,7 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
     table = _format_table([_COLUMNS, *rows])
     choices, groups = growth.plan.choices, list(groups)
     before, after = (count_parameters(model) for model in (growth.source, growth.target))
-    written = 4 * after * len(groups)
+    read, written = _count_bytes(growth, groups)
     rate = choices.learning_rate
     policies = {
         "keep": "step and schedule go on",
@@ -49,7 +49,7 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
         f"promise: {promise}, {PROMISES[promise]}",
         f"learning rate: {policies[rate.policy]}",
         f"parameters: {before:,} → {after:,} ({after / before:.2f} ×)",
-        f"surgery: reads {_bytes(4 * before * len(groups))}, writes {_bytes(written)} ({' + '.join(groups)}), "
+        f"surgery: reads {_bytes(read)}, writes {_bytes(written)} ({' + '.join(groups)}), "
         f"about {_seconds(written / BYTES_PER_SECOND)} on two cores and a local disk, "
         f"at most {_bytes(RESIDENT_BYTES)} of memory",
         f"receipt: about {_bytes(RECEIPT_BYTES['full'] + 100 * after)} of memory, in a process of its own; "
@@ -68,6 +68,18 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
             "because gains are scaled"
         )
     return "\n".join([*lines, *(f"note: {remark}" for remark in growth.remarks)])
+
+
+def _count_bytes(growth: ModelGrowth, groups: Iterable[str]) -> tuple[int, int]:
+    """Of the arrays of these parts of the state, before and after."""
+    maps, sizes = growth.plan.maps, [0, 0]
+    for group in groups:
+        narrow = group.endswith("_moment") and growth.optimizer.moment_dtype == "bfloat16"
+        for spec in growth.parts[group][0].values():
+            grown = (maps[axis].size if axis in maps else size for axis, size in zip(spec.axes, spec.shape))
+            for place, shape in enumerate((spec.shape, grown)):
+                sizes[place] += (2 if narrow else 4) * math.prod(shape)
+    return sizes[0], sizes[1]
 
 
 def _shorten(axes: list[str], growth: ModelGrowth) -> list[str]:

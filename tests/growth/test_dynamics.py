@@ -162,7 +162,9 @@ MUON, LION = (dataclasses.replace(ADAMW, name=name) for name in ("muon", "lion")
 
 @functools.cache
 def compile_step(config: ModelConfig, optimizer: OptimizerConfig):
-    run = RunConfig(model=config, optimizer=optimizer, train=TrainConfig(steps=100, batch_size=4))
+    micros = 2 if optimizer.accumulate_in_moments else 1
+    training = TrainConfig(steps=100, batch_size=4, accumulation_steps=micros)
+    run = RunConfig(model=config, optimizer=optimizer, train=training)
     return jax.jit(pure_train_step(run, declare_parameters(config), jnp.float64), compiler_options=QUICK)
 
 
@@ -211,6 +213,7 @@ def test_25_updates_with_a_growth_of_a_grown_model_between_are_the_sources():
 
 
 OPTIMIZERS = {each.name: each for each in (ADAMW, SCALED, ADAFACTOR, MUON, SGD, LION)}
+OPTIMIZERS["adamw accumulated"] = dataclasses.replace(ADAMW, accumulate_in_moments=True)
 EXACT = [(name, how) for name in OPTIMIZERS for how in ("even", "uneven", "padded")]
 EXACT.remove(("muon", "padded"))  # which the linter refuses
 
