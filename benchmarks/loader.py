@@ -31,7 +31,8 @@ from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows, load_batches
 from t5pegasus.data.packing import pack_examples, row_lengths
 from t5pegasus.data.records import pack_record, token_dtype, unpack_record
-from t5pegasus.data.shards import MANIFEST, ExampleShards, save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shard_files import MANIFEST, save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.json_files import read_json
 

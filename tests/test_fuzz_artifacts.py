@@ -17,7 +17,8 @@ from t5pegasus.convert.hf_config import model_to_hf_config
 from t5pegasus.convert.hf_tensors import list_hf_tensors
 from t5pegasus.data.packing import load_packing
 from t5pegasus.data.records import pack_record, token_dtype
-from t5pegasus.data.shards import ExampleShards, save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shard_files import save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.json_files import SCHEMA, write_json
 from t5pegasus.report import write_report
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer

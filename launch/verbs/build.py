@@ -10,7 +10,7 @@ import tyro
 
 from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.corpus.build import HELDOUT_FOLDER, BuildConfig, build_examples, describe_drops
-from t5pegasus.data.shards import MANIFEST
+from t5pegasus.data.shard_files import MANIFEST
 from t5pegasus.json_files import read_json
 
 

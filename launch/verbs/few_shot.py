@@ -26,6 +26,7 @@ class DataFlags(DataConfig):
     pack: bool = False
     """Several pairs share a row, so that an update sees more of them; False gives one pair per row."""
     seed: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0  # that of the cell
+    mixture: tyro.conf.SuppressFixed[tyro.conf.Fixed[tuple[str, ...]]] = ()  # of pretraining
 
 
 @dataclasses.dataclass(frozen=True)

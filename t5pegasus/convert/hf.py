@@ -21,7 +21,7 @@ from t5pegasus.convert.imported import find_vocabulary, require_free
 from t5pegasus.convert.model_card import write_model_card
 from t5pegasus.convert.safetensors_file import write_safetensors
 from t5pegasus.convert.tensor_files import read_tensors
-from t5pegasus.data.shards import hash_file
+from t5pegasus.data.shard_files import hash_file
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import read_json, write_json
 from t5pegasus.text.tokenizer import adopt_vocabulary, load_tokenizer

@@ -35,7 +35,7 @@ from t5pegasus.corpus.exchange import (
 from t5pegasus.corpus.inputs import describe_inputs, estimate_documents
 from t5pegasus.corpus.pairs import check_pair_paths, read_pairs
 from t5pegasus.corpus.units import Unit, UnitResult, UnitWork, cut_units, result_path
-from t5pegasus.data.shards import LENGTHS, MANIFEST, Shard, save_array, write_manifest
+from t5pegasus.data.shard_files import LENGTHS, MANIFEST, Shard, save_array, write_manifest
 from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.json_files import read_json, write_json

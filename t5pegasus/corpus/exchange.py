@@ -14,7 +14,7 @@ import numpy as np
 
 from t5pegasus.corpus.units import UnitResult
 from t5pegasus.data.records import pack_record
-from t5pegasus.data.shards import save_array, shard_name, write_shard
+from t5pegasus.data.shard_files import save_array, shard_name, write_shard
 from t5pegasus.errors import UsageError
 from t5pegasus.json_files import write_json
 from t5pegasus.text.deduplicate import find_first_occurrences

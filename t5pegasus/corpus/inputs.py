@@ -8,7 +8,7 @@ from typing import Any
 
 import zstandard
 
-from t5pegasus.data.shards import hash_file
+from t5pegasus.data.shard_files import hash_file
 
 _SAMPLE_BYTES = 2**24
 

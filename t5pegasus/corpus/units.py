@@ -17,7 +17,7 @@ import numpy as np
 
 from t5pegasus.corpus.chain import Chain, DocumentExamples, Kind
 from t5pegasus.data.records import token_dtype
-from t5pegasus.data.shards import save_array
+from t5pegasus.data.shard_files import save_array
 from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.json_files import read_json, write_json
 from t5pegasus.text.read import Document

@@ -17,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 
 from t5pegasus.config import DataConfig
-from t5pegasus.data.shards import ExampleShards, hash_file
+from t5pegasus.data.shard_files import hash_file
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.data.span_corruption import SpanCorruption
 from t5pegasus.errors import ArtifactError, UsageError, reading
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json

@@ -3,7 +3,7 @@
 import numpy as np
 
 from t5pegasus.data.records import Example, pack_record, token_dtype
-from t5pegasus.data.shards import save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shard_files import save_array, shard_name, write_manifest, write_shard
 
 PAD, START, END = 0, 101, 102
 

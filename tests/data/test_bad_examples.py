@@ -12,7 +12,8 @@ from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows
 from t5pegasus.data.quarantine import Quarantine
 from t5pegasus.data.records import Example, pack_record, token_dtype, unpack_records
-from t5pegasus.data.shards import ExampleShards, shard_name
+from t5pegasus.data.shard_files import shard_name
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import ArtifactError, DataError
 from tests.data.example_folders import END, PAD, START, random_examples, write_examples
 
@@ -146,9 +147,9 @@ def test_shards_that_are_not_the_manifests_are_refused_at_start_by_name(folder, 
 
 
 def test_a_folder_that_lists_a_shard_twice_and_says_so_consistently_is_refused(tmp_path, monkeypatch):
-    from t5pegasus.data import shards
+    from t5pegasus.data import shard_files
 
-    real = shards.write_manifest
+    real = shard_files.write_manifest
 
     def twice(folder, **fields):
         return real(folder, **{**fields, "shards": [fields["shards"][0], fields["shards"][0]]})

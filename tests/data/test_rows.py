@@ -15,7 +15,8 @@ from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
 from t5pegasus.data.packing import load_packing, pack_examples
 from t5pegasus.data.records import Example, pack_record, token_dtype, unpack_record
-from t5pegasus.data.shards import ExampleShards, shard_name
+from t5pegasus.data.shard_files import shard_name
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import ArtifactError, DataError
 from tests.data.example_folders import END, PAD, START, random_examples, write_examples
 

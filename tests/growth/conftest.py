@@ -8,7 +8,7 @@ import pytest
 from t5pegasus.checkpoint import CheckpointInfo, save_checkpoint
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.data.records import pack_record, token_dtype
-from t5pegasus.data.shards import save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shard_files import save_array, shard_name, write_manifest, write_shard
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.optimizer import init_multipliers
 from t5pegasus.train.state import TrainState, state_to_arrays

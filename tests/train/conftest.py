@@ -8,7 +8,7 @@ import pytest
 
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.data.records import pack_record, token_dtype
-from t5pegasus.data.shards import save_array, shard_name, write_manifest, write_shard
+from t5pegasus.data.shard_files import save_array, shard_name, write_manifest, write_shard
 from t5pegasus.presets import tiny
 
 VOCAB_SIZE, START, END = 128, 101, 102

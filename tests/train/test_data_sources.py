@@ -10,7 +10,8 @@ import pytest
 from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_info
 from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows
-from t5pegasus.data.shards import ExampleShards, shard_name
+from t5pegasus.data.shard_files import shard_name
+from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import DataError, UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.train.data_sources import name_sources
