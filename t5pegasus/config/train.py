@@ -68,17 +68,13 @@ class TrainConfig(Record):
     num_samples: int = 4
     """Held-out sources to write them of, the first ones."""
     profile_steps: str = ""
-    """FIRST:LAST traces these updates with jax.profiler into RUN/profile, e.g. 100:105; SIGUSR1 traces the next five."""
+    """FIRST:LAST traces these updates with jax.profiler into RUN/profile, e.g. 100:105; SIGUSR2 traces the next five."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no network."""
     save_every_seconds: float = 0.0
     """Save also when so much time has passed since the last save, by the first process's clock; 0: never."""
-    save_every_seconds: float = 0.0
-    """Save also when so much time has passed since the last save, by the first process's clock; 0: never."""
     keep_checkpoints: int = 3
     """The last ones; the best one by --train.keep-best beside them."""
-    keep_every_steps: int = 0
-    """Keep also each checkpoint whose step is a multiple of this, for ever; 0: none."""
     keep_every_steps: int = 0
     """Keep also each checkpoint whose step is a multiple of this, for ever; 0: none."""
     keep_best: str | None = None

@@ -7,7 +7,7 @@ vocabulary, cut into chunks; of a head that is split over `fsdp` one chunk is ga
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ def sum_chunked_losses(
         weights: float32 [b, t], 0 on padding. No gradient is taken of them.
         how: chunks, masked tokens, and what to sum.
     """
-    return LossSums(*_sums(states, head, targets, weights, how)[: 5 if how.with_uniform else 4])
+    sums, nll_by_row = cast(Any, _sums(states, head, targets, weights, how))
+    return LossSums(*sums[: 5 if how.with_uniform else 4])._replace(nll_by_row=nll_by_row)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,10 +54,10 @@ def _forward(states: jax.Array, head: jax.Array, targets: jax.Array, weights: ja
     run = _over_devices(
         functools.partial(_sum_part, how=how),
         (PartitionSpec(RULES["batch"], None, None), partition_spec("embed", "vocab"), by_row, by_row),
-        (PartitionSpec(), by_row),
+        (PartitionSpec(), by_row, PartitionSpec(RULES["batch"])),
     )
-    sums, log_normaliser = run(states, head, targets, weights)
-    return sums, (states, head, targets, weights, log_normaliser)
+    sums, log_normaliser, nll_by_row = run(states, head, targets, weights)
+    return (sums, nll_by_row), (states, head, targets, weights, log_normaliser)
 
 
 def _backward(how: ChunkedHead, residuals: Any, cotangents: Any) -> Any:
@@ -67,7 +68,7 @@ def _backward(how: ChunkedHead, residuals: Any, cotangents: Any) -> Any:
         (by_state, of_head, by_row, by_row, by_row, PartitionSpec()),
         (by_state, of_head),
     )
-    return (*run(*residuals, cotangents), None, None)
+    return (*run(*residuals, cotangents[0]), None, None)  # what rows have is for people to read
 
 
 _sums.defvjp(_forward, _backward)
@@ -122,8 +123,8 @@ def _logits_of(
 
 def _sum_part(
     states: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, how: ChunkedHead, axes: _Axes
-) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """The five sums, and the logarithm of the normaliser [b, t]."""
+) -> tuple[tuple[jax.Array, ...], jax.Array, jax.Array]:
+    """The five sums, the logarithm of the normaliser [b, t], and the first sum by row [b]."""
     wide = jnp.promote_types(states.dtype, jnp.float32)
     lowest = jnp.full(targets.shape, -jnp.inf, wide)
     zeros = jnp.zeros(targets.shape, wide)
@@ -157,7 +158,8 @@ def _sum_part(
         jnp.ones_like(weights),
         log_normaliser - mean_logit,
     )
-    return tuple(axes.apply(jax.lax.psum, jnp.sum(weights * each), "batch") for each in per_token), log_normaliser
+    sums = tuple(axes.apply(jax.lax.psum, jnp.sum(weights * each), "batch") for each in per_token)
+    return sums, log_normaliser, jnp.sum(weights * per_token[0], axis=-1)
 
 
 def _differentiate_part(

@@ -11,7 +11,7 @@ from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import bind
 from t5pegasus.train.execution import resolve_execution
 from t5pegasus.train.head_loss import sum_model_losses
-from t5pegasus.train.loss import LossSums, smooth_labels
+from t5pegasus.train.loss import LossSums, smooth_labels, split_by_source
 from t5pegasus.train.noise import disturb_decoder_inputs
 
 
@@ -24,6 +24,7 @@ def pure_gradients(
     configured; micro-batches are summed.
     """
     smoothing = config.train.label_smoothing
+    num_sources = len(config.data.mixture_weights())
 
     def find_gradients(
         trained: dict[str, jax.Array], parameters: Mapping[str, jax.Array], batch: Batch
@@ -36,13 +37,17 @@ def pure_gradients(
             model = bind(config.model, {**parameters, **trained}, compute_dtype, execution)
             seed = config.train.seed
             sums = sum_model_losses(model, micro, config, dropout_seed=seed, with_uniform=smoothing > 0)
+            sums = split_by_source(sums, micro.decoder_loss_weights, micro.source_ids, num_sources)
             return (smooth_labels(sums, smoothing) + config.train.z_loss * sums.z) / total_weight, sums
 
         def accumulate(carry: Any, micro: Batch) -> tuple[Any, None]:
             gradients, sums = jax.grad(objective, has_aux=True)(trained, micro)
             return jax.tree.map(jnp.add, carry, (gradients, sums)), None
 
-        zeros = jax.tree.map(jnp.zeros_like, trained), LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
+        sums = LossSums(*(jnp.zeros(()),) * (5 if smoothing else 4))
+        if num_sources > 1:
+            sums = sums._replace(by_source=jnp.zeros((2, num_sources)))
+        zeros = jax.tree.map(jnp.zeros_like, trained), sums
         return jax.lax.scan(accumulate, zeros, split_micro(batch, config.train.accumulation_steps))[0]
 
     return find_gradients

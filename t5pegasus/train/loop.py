@@ -10,7 +10,7 @@ from t5pegasus.train.control import Request
 from t5pegasus.train.course import Course
 from t5pegasus.train.logbook import Logbook
 from t5pegasus.train.state import TrainState
-from t5pegasus.train.visit import Hooks, Outside, Visit
+from t5pegasus.train.visit import NOTHING, Hooks, Outside, Visit
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -60,7 +60,7 @@ def run(
     step = int(state.step)
     with control.doing("step", step), logbook.progress(step):
         ended = bool(course.owed) and visit(state, step, course.owed)
-        known = agreement.ask(control.requests)
+        known, done = agreement.ask(control.requests), NOTHING
         while step < train.steps and not ended:
             if profiler.begins(step + 1):
                 visit.settle()
@@ -73,13 +73,14 @@ def run(
             step += 1
             with control.doing("device", step):
                 visit.settle()
-                agreed = agreement.read(asked)
+                agreed = agreement.read(asked) & ~done  # it was still asked for when it was being done
             visit.pending = step, values
             logbook.advance()
             if profiler.ends(step):
                 visit.settle()
                 profiler.stop()
-            control.answer(agreed & (Request.SAVE | Request.PROFILE))
+            done = agreed & (Request.SAVE | Request.PROFILE)
+            control.answer(done)
             if Request.PROFILE in agreed:
                 profiler.ask(step)
             due = visit.due(step)

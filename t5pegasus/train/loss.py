@@ -18,6 +18,10 @@ class LossSums(NamedTuple):
     weight: jax.Array
     uniform: jax.Array | None = None
     """log(Z) − the mean logit: the cross-entropy of a target spread evenly over the open tokens; None if not asked."""
+    nll_by_row: jax.Array | None = None
+    """[batch], of one batch alone."""
+    by_source: jax.Array | None = None
+    """[2, sources]: NLL and weight by source of the rows (`split_by_source`)."""
 
 
 def sum_losses(
@@ -40,13 +44,31 @@ def sum_losses(
     """
     log_normaliser = jax.nn.logsumexp(logits, axis=-1)
     target_logits = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = weights * (log_normaliser - target_logits)
     return LossSums(
-        nll=jnp.sum(weights * (log_normaliser - target_logits)),
+        nll=jnp.sum(nll),
         z=jnp.sum(weights * jnp.square(log_normaliser)),
         correct=jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
         weight=jnp.sum(weights),
         uniform=jnp.sum(weights * (log_normaliser - _mean_logit(logits, num_masked_tokens))) if with_uniform else None,
+        nll_by_row=jnp.sum(nll, axis=-1),
     )
+
+
+def split_by_source(sums: LossSums, weights: jax.Array, source_ids: jax.Array, num_sources: int) -> LossSums:
+    """The sums with those by source instead of those by row; without either where there is one source.
+
+    Args:
+        sums: of one batch.
+        weights: float32 [batch, target].
+        source_ids: int32 [batch].
+        num_sources: of the mixture.
+    """
+    nll, sums = sums.nll_by_row, sums._replace(nll_by_row=None)
+    if num_sources < 2 or nll is None:
+        return sums
+    of_source = jax.nn.one_hot(source_ids, num_sources, dtype=nll.dtype)
+    return sums._replace(by_source=jnp.stack([nll, jnp.sum(weights, axis=-1)]) @ of_source)
 
 
 def smooth_labels(sums: LossSums, label_smoothing: float) -> jax.Array:

@@ -10,6 +10,7 @@ from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
+from t5pegasus.train.data_sources import name_sources
 from t5pegasus.train.divergence import Why
 from t5pegasus.train.goodput import split_time
 from t5pegasus.train.metrics import count_flops, peak_flops
@@ -36,11 +37,13 @@ class Meter:
         self.updates = course.interval.get("updates", 0)
         self._applied = course.interval.get("applied", 0)
         self._sums = dict(course.interval.get("sums", {}))
+        self._by_source = {name: list(pair) for name, pair in course.interval.get("by_source", {}).items()}
 
     def _reset(self) -> None:
         self.updates = self._applied = self._own_updates = 0
         self._sums: dict[str, float] = {}
         self._counts = dict.fromkeys(_COUNTED, 0.0)
+        self._by_source: dict[str, list[float]] = {}
         self._last: Mapping[str, Any] = {}
         self._began = split_time(self._control.spent())
 
@@ -57,12 +60,18 @@ class Meter:
         self._applied += 1
         self._last = values
         for name, number in values.items():
-            if name not in (*_COUNTED, "rows", "why", "norms") and math.isfinite(number):
+            if name not in (*_COUNTED, "rows", "why", "norms", "by_source") and math.isfinite(number):
                 self._sums[name] = self._sums.get(name, 0.0) + number
+
+        for name, pair in values.get("by_source", {}).items():
+            before = self._by_source.get(name, [0.0, 0.0])
+            self._by_source[name] = [before[0] + pair[0], before[1] + pair[1]]
 
     def interval(self) -> dict[str, Any]:
         """What a checkpoint keeps of the interval; empty behind a report."""
         kept = {"updates": self.updates, "applied": self._applied, "sums": dict(self._sums)}
+        if self._by_source:
+            kept["by_source"] = dict(self._by_source)
         return kept if self.updates else {}
 
     def report(self) -> dict[str, Any]:
@@ -71,10 +80,12 @@ class Meter:
         parts = {part: value - self._began[part] for part, value in spent.items()}
         seconds = max(1e-9, parts["step"] + parts["data_wait"])
         tokens = self._counts["source_tokens"] + self._counts["target_tokens"]
+        losses = {name: nll / weight for name, (nll, weight) in self._by_source.items() if weight > 0}
         record = {
             "rows": self.rows,
             "updates": self._own_updates,
             **{name: total / self._applied for name, total in self._sums.items()},
+            **({"loss_by_source": losses} if losses else {}),
             **({"norms": self._last["norms"]} if "norms" in self._last else {}),
             **({"bad_examples": int(self._counts["bad_examples"])} if self._counts["bad_examples"] else {}),
             **({"skipped": self.updates - self._applied} if self._applied < self.updates else {}),
@@ -94,7 +105,9 @@ class Meter:
 def read_numbers(config: RunConfig, values: Mapping[str, jax.Array], *, with_norms: bool) -> Numbers:
     """The numbers of one update, waiting for the device to have them; norms are fetched where they are reported."""
     scalars = jax.device_get({name: value for name, value in values.items() if name != "norms"})
-    numbers: Numbers = {name: float(value) for name, value in scalars.items()}
+    numbers: Numbers = {name: float(value) for name, value in scalars.items() if name != "by_source"}
+    if "by_source" in scalars:
+        numbers["by_source"] = dict(zip(name_sources(config.data), scalars["by_source"].T.tolist()))
     numbers |= {"rows": int(scalars["rows"]), "why": Why(int(scalars["why"]))}
     if with_norms:
         numbers["norms"] = name_norms(declare_parameters(config.model), jax.device_get(values["norms"]))

@@ -1,7 +1,6 @@
 """One run folder: where its weights and its config come from, and the loop with its data, losses and checkpoints."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 from collections.abc import Collection, Generator, Sequence
@@ -22,11 +21,10 @@ from t5pegasus.checkpoint import (
     find_checkpoint,
     finish_saves,
 )
-from t5pegasus.config import RunConfig, TrainConfig
+from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import load_batches
 from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.errors import UsageError
-from t5pegasus.model.t5 import count_parameters
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
 from t5pegasus.storage import working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
@@ -35,12 +33,11 @@ from t5pegasus.train.course import Course
 from t5pegasus.train.data_sources import open_data
 from t5pegasus.train.divergence import RollbackNeededError
 from t5pegasus.train.early_stopping import forget_best, has_stopped
-from t5pegasus.train.estimate import MemoryEstimate, prepare_step
+from t5pegasus.train.estimate import prepare_step
 from t5pegasus.train.evaluation import Sampler, Scorer, check_keep_best, check_samples, make_evaluate, make_sample
 from t5pegasus.train.goodput import Goodput
-from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import Origin, find_origin
-from t5pegasus.train.phases import Event, next_event, phase_end, plan_hashes
+from t5pegasus.train.phases import Event, next_event, phase_end
 from t5pegasus.train.profiler import Profiler
 from t5pegasus.train.run_folder import (
     RunPaths,
@@ -51,9 +48,9 @@ from t5pegasus.train.run_folder import (
     settle_run_folder,
 )
 from t5pegasus.train.seam import Measurement, Phase, Run, check_events, train_phases
+from t5pegasus.train.start_records import open_metrics, write_rollbacks, write_start
 from t5pegasus.train.state import TrainState, state_to_arrays
 from t5pegasus.train.step import make_train_step
-from t5pegasus.train.wandb_log import WandbLog
 
 logger = logging.getLogger(__name__)
 
@@ -188,12 +185,12 @@ def _train(
         settle_run_folder(config, paths, events, resumed=origin.resumed)
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, start_row)))
         folder = stack.enter_context(working_copy(paths.run_path, writes=jax.process_index() == 0))
-        metrics = stack.enter_context(_open_metrics(folder.path, paths, train, origin))
+        metrics = stack.enter_context(open_metrics(folder.path, paths, origin))
         if metrics.writes:
             stack.push(goodput.begin(folder.path, step, control))
             goodput.lose(metrics.dropped, step)
-        _write_rollbacks(metrics, rollbacks, origin)
-        _write_start(metrics, paths, origin.config, step, mesh, memory)
+        write_rollbacks(metrics, rollbacks, origin)
+        write_start(metrics, paths, origin.config, step, mesh, memory)
         profiler = Profiler(train, folder.path / "profile")
         stack.callback(profiler.stop)
         writer = stack.enter_context(CheckpointWriter(paths.run_path, before_commit=folder.push))
@@ -249,48 +246,6 @@ def _go_back(origin: Origin, rollbacks: Sequence[dict[str, Any]]) -> tuple[Cours
     if not rollbacks:
         return course, origin.rows
     return course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
-
-
-def _open_metrics(folder: Path, paths: RunPaths, train: TrainConfig, origin: Origin) -> MetricsWriter:
-    return MetricsWriter(
-        folder,
-        origin.step if origin.resumed else -1,
-        plan_hashes(origin.lineage),
-        rollbacks=origin.course.rollbacks,
-        wandb=_open_wandb(folder, train, paths),
-    )
-
-
-def _open_wandb(folder: Path, train: TrainConfig, paths: RunPaths) -> WandbLog | None:
-    if not train.wandb_project or jax.process_index() != 0:
-        return None
-    return WandbLog(train.wandb_project, paths.run_path, folder)
-
-
-def _write_rollbacks(metrics: MetricsWriter, rollbacks: Sequence[dict[str, Any]], origin: Origin) -> None:
-    """Those that the checkpoint does not know of: the run goes on from it, behind the rows of the bad updates."""
-    first = origin.rows
-    for record in rollbacks:
-        skipped = [first, record["rows"][1]]
-        metrics.write("divergence", origin.step, action="rollback", **record, skipped_rows=skipped)
-        logger.warning(
-            "update %d: %s (loss=%s, grad_norm=%s); back to step %d, on from row %d: rows %d to %d are skipped",
-            record["at_step"], record["why"], record["loss"], record["grad_norm"], origin.step, skipped[1], first,
-            skipped[1] - 1,
-        )  # fmt: skip
-        first = skipped[1]
-
-
-def _write_start(
-    metrics: MetricsWriter, paths: RunPaths, config: RunConfig, step: int, mesh: Mesh, memory: MemoryEstimate
-) -> None:
-    peak, peak_source = peak_flops(jax.local_devices()[0])
-    metrics.write(
-        "start", step, config=config.to_json(), num_parameters=count_parameters(config.model), mesh=dict(mesh.shape),
-        num_devices=jax.device_count(), device=jax.devices()[0].device_kind, peak_flops_per_device=peak,
-        peak_source=peak_source, compute_dtype=str(resolve_compute_dtype(config)), **dataclasses.asdict(memory),
-        **paths.to_json(),
-    )  # fmt: skip
 
 
 def _measure_seams(rows: MixedRows, heldout_rows: MixedRows | None, mesh: Mesh) -> Measurement:

@@ -17,7 +17,7 @@ from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.divergence import judge_update, spike_window
 from t5pegasus.train.ema import update_ema
 from t5pegasus.train.loss import smooth_labels
-from t5pegasus.train.on_mesh import OnMesh
+from t5pegasus.train.on_mesh import OnMesh, compiler_options
 from t5pegasus.train.optimizer import make_schedule
 from t5pegasus.train.state import TrainState, state_shardings
 
@@ -42,6 +42,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> OnMesh:
             in_shardings=(shardings, batch_shardings(mesh)),
             out_shardings=(shardings, None),
             donate_argnums=0,
+            compiler_options=compiler_options(mesh),
         ),
     )
 
@@ -76,6 +77,7 @@ def pure_train_step(
             "examples": jnp.sum(jnp.max(batch.decoder_segment_ids, axis=1)),
             "bad_examples": jnp.zeros(()) if batch.num_bad_examples is None else jnp.sum(batch.num_bad_examples),
             "norms": norms,
+            **({} if sums.by_source is None else {"by_source": sums.by_source}),
         }
         ema = update_ema(config.train, state.ema, parameters, state.step)
         after = {"parameters": parameters, "ema": ema, **moments._asdict()}

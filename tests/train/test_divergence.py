@@ -16,7 +16,7 @@ from t5pegasus.sharding import make_mesh, place_batch
 from t5pegasus.train import run as run_module
 from t5pegasus.train.control import Control, Request
 from t5pegasus.train.divergence import Why, init_recent, judge_update
-from t5pegasus.train.metrics import read_metrics
+from t5pegasus.train.metrics import MetricsWriter, read_metrics
 from t5pegasus.train.run import RunPaths, train_run
 from t5pegasus.train.state import init_state, state_to_arrays
 from t5pegasus.train.step import make_train_step
@@ -211,7 +211,7 @@ def test_a_run_killed_around_a_rollback_has_the_same_ledger(
     class Killed(BaseException):
         pass
 
-    write = run_module.MetricsWriter.write
+    write = MetricsWriter.write
 
     def kill(self, kind, step, **values):
         write(self, kind, step, **values)
@@ -219,7 +219,7 @@ def test_a_run_killed_around_a_rollback_has_the_same_ledger(
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module.MetricsWriter, "write", kill)
+        patch.setattr(MetricsWriter, "write", kill)
         with pytest.raises(Killed):
             train_run(going_back, killed)
     assert "rollbacks" not in load_checkpoint_info(find_last_good(killed.run_path)).course

@@ -64,10 +64,10 @@ class StopIn(Control):
 @pytest.fixture
 def fake_wandb(monkeypatch):
     """What of the package is used, keeping what it is given."""
-    calls = types.SimpleNamespace(init=[], logged=[], finished=0)
+    calls = types.SimpleNamespace(init=[], logged=[], configs=[], finished=0)
 
     class Run:
-        config: dict = {}  # noqa: RUF012
+        config = types.SimpleNamespace(update=lambda values, allow_val_change: calls.configs.append(values))
 
         def define_metric(self, name, step_metric):
             assert (name, step_metric) == ("*", "step")
@@ -152,8 +152,17 @@ def test_all_time_is_accounted_for_and_what_is_done_again_is_lost(whole, tmp_pat
     with pytest.raises(Killed):
         train_run(logged, paths, sampler=sample, control=KillAt())
     (paths.run_path / "checkpoints" / "6" / "manifest.json").unlink()
-    control = Control()
+
+    class SaveAt(Control):
+        def doing(self, name, step=None):
+            if (name, step) == ("data", 4):  # agreed on at 6, which is saved anyway, and done with then
+                self.request(Request.SAVE)
+            return super().doing(name, step)
+
+    control = SaveAt()
     train_run(logged, paths, sampler=sample, control=control)
+    saved = [[path.name for path in list_checkpoints(run)] for run in (paths.run_path, whole)]
+    assert saved[0] == saved[1]
     assert lasting(paths.run_path) == lasting(whole)
     first, second = read_attempts(paths.run_path)
     assert (first["first_step"], first["last_step"]) == (0, 7)
@@ -167,6 +176,7 @@ def test_all_time_is_accounted_for_and_what_is_done_again_is_lost(whole, tmp_pat
     assert [options["project"] for options in fake_wandb.init] == ["summaries"] * 2
     assert fake_wandb.init[0]["id"] == fake_wandb.init[1]["id"]
     assert fake_wandb.finished == 2
+    assert fake_wandb.configs == [logged.to_json()] * 2
     assert any("train/norms/update/encoder.mlp" in values for values in fake_wandb.logged)
 
 
@@ -178,8 +188,8 @@ def test_without_its_package_wandb_is_refused_in_words(tmp_path, examples_path, 
 
 
 def test_samples_without_heldout_text_are_refused(tmp_path, examples_path, config):
+    anyhow = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_best=None))
     with pytest.raises(UsageError, match="held-out sources, and there are none"):
-        anyhow = dataclasses.replace(config, train=dataclasses.replace(config.train, keep_best=None))
         train_run(anyhow, RunPaths(tmp_path / "run", examples_path / "heldout"), sampler=sample)
 
 

@@ -10,7 +10,8 @@ import pytest
 from t5pegasus.batch import Batch
 from t5pegasus.config import TrainConfig
 from t5pegasus.errors import UsageError
-from t5pegasus.train.loss import smooth_labels, sum_losses
+from t5pegasus.train.chunked_loss import ChunkedHead, sum_chunked_losses
+from t5pegasus.train.loss import smooth_labels, split_by_source, sum_losses
 from t5pegasus.train.noise import disturb_decoder_inputs
 
 VOCABULARY = 128
@@ -141,3 +142,22 @@ def test_noise_that_is_off_returns_the_very_batch(packed, run_config):
 def test_settings_outside_their_range_are_named(fields, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**fields)
+
+
+def test_losses_by_source_add_up_and_are_alike_by_chunks():
+    rng = np.random.default_rng(3)
+    states, head = (jnp.asarray(rng.normal(size=size), jnp.float32) for size in ((6, 5, 8), (8, 40)))
+    targets = jnp.asarray(rng.integers(0, 40, (6, 5)), jnp.int32)
+    weights = jnp.asarray(rng.integers(0, 2, (6, 5)), jnp.float32)
+    sources = jnp.array([0, 2, 2, 0, 2, 0])
+    whole = sum_losses(states @ head, targets, weights)
+    chunked = sum_chunked_losses(states, head, targets, weights, ChunkedHead(40, 16, with_uniform=False))
+    assert split_by_source(whole, weights, sources, 1).by_source is None
+    split = [split_by_source(sums, weights, sources, 3) for sums in (whole, chunked)]
+    np.testing.assert_allclose(split[0].by_source, split[1].by_source, rtol=1e-5)
+    nll, weight = np.asarray(split[0].by_source)
+    assert weight.tolist() == [float(weights[np.array(rows, int)].sum()) for rows in ([0, 3, 5], [], [1, 2, 4])]
+    assert nll[1] == 0
+    np.testing.assert_allclose(nll.sum(), whole.nll, rtol=1e-6)
+    of_first = sum_losses((states @ head)[sources == 0], targets[sources == 0], weights[sources == 0])
+    np.testing.assert_allclose(nll[0], of_first.nll, rtol=1e-6)
