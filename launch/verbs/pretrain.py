@@ -143,7 +143,8 @@ def attempt_facts(config: RunConfig, paths: "RunPaths") -> dict[str, str]:
     from t5pegasus.train.run_folder import check_run_path
 
     check_run_path(paths.run_path)
-    facts = {group: json.dumps(fields, sort_keys=True) for group, fields in config.to_json().items()}
+    groups = config.to_json().items()
+    facts = {f"{group}.{field}": json.dumps(value) for group, fields in groups for field, value in fields.items()}
     return facts | {name: str(path) for name, path in paths.to_json().items()}
 
 
