@@ -150,7 +150,7 @@ def test_one_or_two_of_four_are_killed(examples_path, tmp_path):
 @pytest.mark.slow
 def test_processes_that_differ_are_refused_with_the_difference(job, capfd):
     assert job.run("flags@import@1") == 2
-    assert "process 1 has optimizer.learning_rate 0.5, process 0 has 0.01" in capfd.readouterr().err
+    assert "process 1 has optimizer.learning_rate 0.5, process 0 has 0.002" in capfd.readouterr().err
 
 
 @pytest.mark.slow
