@@ -20,6 +20,7 @@ from t5pegasus.checkpoint import (
     best_steps,
     find_checkpoint,
     finish_saves,
+    verify_checkpoint,
 )
 from t5pegasus.config import RunConfig
 from t5pegasus.data.loader import load_batches
@@ -171,6 +172,8 @@ def _train(
             )
         stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, course.history)
         if (step >= train.steps or stopped) and not course.owed:
+            if origin.resumed and origin.path is not None:
+                verify_checkpoint(origin.path)  # nothing else reads its arrays here; damaged, they are made again
             why = f", stopped early by train.patience={train.patience}" if stopped else ""
             logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, train.steps, why)
             return find_checkpoint(paths.run_path)
