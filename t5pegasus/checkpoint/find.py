@@ -5,16 +5,26 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
-from t5pegasus.checkpoint.folder import checkpoints_folder, list_checkpoints, verify_checkpoint
+from t5pegasus.checkpoint.folder import checkpoints_folder, list_checkpoints, verify_checkpoint, verify_structure
 from t5pegasus.checkpoint.info import INFO, best_steps, load_checkpoint_info
 from t5pegasus.errors import ArtifactError
 from t5pegasus.manifest import MANIFEST
+from t5pegasus.storage import is_remote
 
 logger = logging.getLogger(__name__)
 
 
+def verify_for_use(path: Path) -> Any:
+    """What naming a checkpoint to use it verifies: all of it on a disk, out of a store what says what it is.
+
+    There the chunks are left to who loads them, because `load_arrays` compares each: all would come over the network
+    once more.
+    """
+    return verify_structure(path) if is_remote(path) else verify_checkpoint(path)
+
+
 def find_last_good(
-    run_path: Path, verify: Callable[[Path], Any] = verify_checkpoint, damaged: Collection[Path] = ()
+    run_path: Path, verify: Callable[[Path], Any] = verify_for_use, damaged: Collection[Path] = ()
 ) -> Path | None:
     """The newest checkpoint of a run that verifies; damaged ones are named in the log and passed over.
 
@@ -58,7 +68,7 @@ def find_best(run_path: Path) -> Path | None:
         if path == last:
             return last
         try:
-            verify_checkpoint(path)
+            verify_for_use(path)
         except ArtifactError as error:
             logger.warning("the best checkpoint of %s cannot be used: %s", run_path, error)
         else:
@@ -73,7 +83,7 @@ def find_checkpoint(path: Path) -> Path:
         ArtifactError: if there is none, or it is damaged.
     """
     if (path / INFO).is_file():
-        verify_checkpoint(path)
+        verify_for_use(path)
         return path
     found = find_best(path) if path.is_dir() else None
     if found is None:
