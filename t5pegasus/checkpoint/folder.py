@@ -148,7 +148,12 @@ def _put_in_place(unfinished: Path, path: Path) -> None:
     if path.exists():
         shutil.rmtree(_superseded(path), ignore_errors=True)
         path.rename(_superseded(path))
-    unfinished.rename(path)
+    try:
+        unfinished.rename(path)
+    except OSError:
+        if _superseded(path).exists():
+            _superseded(path).rename(path)
+        raise
     flush(path.parent)
     shutil.rmtree(_superseded(path), ignore_errors=True)
 

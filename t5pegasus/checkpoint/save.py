@@ -1,7 +1,8 @@
 """Writing a checkpoint: each process its chunks, the first one what binds them together, all by files."""
 
+import contextlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def write_checkpoint(
         unfinished.mkdir(parents=True)
 
     try:
-        with _naming(path, unfinished):
+        with _naming(path):
             meeting.begin(prepare)
             entries = _write_arrays(unfinished, snapshot, describes=first)
             meeting.hand_in(entries)
@@ -124,15 +125,12 @@ def _give_up(meeting: Meeting, unfinished: Path, error: BaseException) -> None:
         pass
 
 
-class _naming:
-    """Around writes below an unfinished folder: errors name the checkpoint, by the name that users know."""
-
-    def __init__(self, path: Path, unfinished: Path):
-        self._path, self._unfinished = str(path), str(unfinished)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and str(error.filename or self._path).startswith(self._path):
-            error.filename, error.filename2 = self._path, None
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Around writes to a checkpoint's unfinished folder: errors name the checkpoint, by the name that users know."""
+    try:
+        yield
+    except OSError as error:
+        if str(error.filename or path).startswith(str(path)):
+            error.filename, error.filename2 = str(path), None
+        raise

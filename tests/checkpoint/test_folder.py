@@ -70,3 +70,18 @@ def test_old_checkpoints_go_by_policy(tmp_path):
     assert [each.name for each in list_checkpoints(tmp_path)] == ["12", "10", "8", "6", "4"]
     remove_old_checkpoints(tmp_path, path, Retention(last=1))
     assert [each.name for each in path.parent.iterdir()] == ["12"]
+
+
+def test_where_the_last_rename_of_a_save_fails_the_checkpoint_it_was_to_replace_is_back(tmp_path, monkeypatch):
+    wanted, rename = verify_checkpoint(save_step(tmp_path, 4)), Path.rename
+
+    def fail(path, target):
+        if path.name == "4.unfinished":
+            raise OSError(5, "Input/output error", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        save_step(tmp_path, 4)
+    assert verify_checkpoint(tmp_path / "checkpoints" / "4") == wanted
+    assert [each.name for each in (tmp_path / "checkpoints").iterdir()] == ["4"]
