@@ -172,11 +172,7 @@ def _train(
             )
         stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, course.history)
         if (step >= train.steps or stopped) and not course.owed:
-            if origin.resumed and origin.path is not None:
-                verify_checkpoint(origin.path)  # nothing else reads its arrays here; damaged, they are made again
-            why = f", stopped early by train.patience={train.patience}" if stopped else ""
-            logger.info("%s: finished, at step %d of %d%s", paths.run_path, step, train.steps, why)
-            return find_checkpoint(paths.run_path)
+            return _finished(paths.run_path, origin, train, stopped=stopped)
         check_events(origin.config, events, origin.lineage, mesh, has_heldout=heldout_rows is not None)
         if origin.resumed:
             logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
@@ -219,6 +215,19 @@ def _train(
         phase = Phase(origin.config, origin.lineage, course)
         train_phases(run, state, phase, update, origin.path, begins=not origin.resumed)
     return find_checkpoint(paths.run_path)
+
+
+def _finished(run_path: Path, origin: Origin, train: TrainConfig, *, stopped: bool) -> Path:
+    """The checkpoint of a run that has nothing left to do.
+
+    Raises:
+        DamagedError: if its last one is not whole, and so to be made again: nothing has read its arrays yet.
+    """
+    if origin.resumed and origin.path is not None:
+        verify_checkpoint(origin.path)
+    why = f", stopped early by train.patience={train.patience}" if stopped else ""
+    logger.info("%s: finished, at step %d of %d%s", run_path, origin.step, train.steps, why)
+    return find_checkpoint(run_path)
 
 
 def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainState, course: Course) -> None:
