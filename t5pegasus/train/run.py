@@ -22,7 +22,7 @@ from t5pegasus.checkpoint import (
     finish_saves,
     verify_checkpoint,
 )
-from t5pegasus.config import RunConfig
+from t5pegasus.config import RunConfig, TrainConfig
 from t5pegasus.data.loader import load_batches
 from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.errors import UsageError
