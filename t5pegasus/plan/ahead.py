@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from t5pegasus.config import RunConfig
 from t5pegasus.storage import write_bytes
 from t5pegasus.train.estimate import abstract_batch, abstract_state
+from t5pegasus.train.on_mesh import compiler_options
 from t5pegasus.train.step import make_train_step
 
 logger = logging.getLogger(__name__)
@@ -102,7 +103,8 @@ def _count_bytes(number: str, unit: str) -> int:
 def _cache_path(environment: Mapping[str, str], lowered: str, target: str, mesh: Mesh) -> Path:
     versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     flags = [environment.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
-    key = "\n".join([target, *versions, *flags, str([device.id for device in mesh.devices.flat]), lowered])
+    options = str(compiler_options(mesh))
+    key = "\n".join([target, *versions, *flags, options, str([device.id for device in mesh.devices.flat]), lowered])
     root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "t5pegasus" / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json.gz"
 
