@@ -32,7 +32,7 @@ def folder(tmp_path):
 def damage(folder, index):
     """Flip a bit in the record of one example, and keep size and time of the file, as a failing disk does."""
     path = folder / shard_name(index // 30, 3)
-    record = pack_record(*EXAMPLES[index], token_dtype(30_000))
+    record = pack_record(EXAMPLES[index].source, EXAMPLES[index].target, token_dtype(30_000))
     content, status = path.read_bytes(), path.stat()
     assert content.count(record) == 1
     at = content.index(record) + len(record) // 2
@@ -161,7 +161,7 @@ def test_a_folder_that_lists_a_shard_twice_and_says_so_consistently_is_refused(t
 
 def test_shards_are_verified_again_only_if_they_were_touched(folder, monkeypatch):
     verified = []
-    monkeypatch.setattr(ExampleShards, "verify", lambda self, shards=None: verified.append([s.file for s in shards]))
+    monkeypatch.setattr(ExampleShards, "verify", lambda self, shards=(): verified.append([s.file for s in shards]))
     PackedRows(folder, DATA, PAD, START).close()
     assert verified == []
     (folder / shard_name(2, 3)).touch()
