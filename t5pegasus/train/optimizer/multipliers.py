@@ -35,8 +35,11 @@ def weighted_norm(gradients: Arrays, specs: Mapping[str, ParamSpec], multipliers
     """√Σ (s/r)·g²: the gradients' global norm as the model before growth would have measured it."""
     total = jnp.zeros(())
     for name, gradient in sorted(gradients.items()):
-        s, r = leaf_multipliers(specs[name], multipliers)
-        total += jnp.sum(jnp.square(gradient) * (s / r))
+        spec, weighted = specs[name], jnp.square(gradient)
+        for position, axis in enumerate(spec.axes):  # one by one: s/r of all entries would be as large as the gradient
+            s, r = dual_multipliers(axis, spec, multipliers[axis])
+            weighted *= (s / r).reshape(along_axis(position, spec))
+        total += jnp.sum(weighted)
     return jnp.sqrt(total)
 
 
