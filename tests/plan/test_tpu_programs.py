@@ -48,6 +48,7 @@ def test_a_step_fits_and_gathers_layers_and_chunks_only(name, topology, num_slic
     devices = make_mesh(config.mesh, list_devices(where))
     program = compile_ahead(config, devices, f"{where.name} slices={where.num_slices}")
     assert program.fits, f"{program.used_bytes} of {program.limit_bytes} bytes"
+    assert "windowed_dot_general" not in program.text  # the weights of a layer are gathered whole
     module, collectives = read_program(program.text, devices, num_slices)
     check_state_is_donated(config, devices, module)
     check_vocabulary_is_never_whole(config, devices, collectives)
