@@ -14,7 +14,9 @@ def write_examples(folder, examples, num_shards=3, vocab_size=30_000, tokenizer=
     dtype = token_dtype(vocab_size)
     parts = np.array_split(np.arange(len(examples)), num_shards)
     shards = [
-        write_shard(folder / shard_name(i, num_shards), (pack_record(*examples[j], dtype) for j in part))
+        write_shard(
+            folder / shard_name(i, num_shards), (pack_record(examples[j][0], examples[j][1], dtype) for j in part)
+        )
         for i, part in enumerate(parts)
     ]
     save_array(folder / "lengths.npy", np.array([[len(s), len(t)] for s, t in examples], np.int32).reshape(-1, 2))
