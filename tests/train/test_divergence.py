@@ -143,6 +143,9 @@ def test_skips_are_on_record_and_a_killed_run_skips_the_same(tmp_path, without_h
     assert ledger(stopped.run_path) == records
     assert curve(stopped.run_path) == curve(whole.run_path)
     same_state(stopped.run_path, whole.run_path)
+    train_run(with_train(skipping, steps=9, spike_window=5), stopped)  # another window begins anew
+    arrays = load_arrays(find_last_good(stopped.run_path))
+    assert (arrays["recent.loss"].shape, int(arrays["recent.count"])) == ((5,), 1)
 
 
 def stop_behind(step):

@@ -43,7 +43,7 @@ def config(run_config):
     )
     train = dataclasses.replace(
         run_config.train, steps=STEPS, log_every_steps=2, evaluate_every_steps=4, save_every_steps=2, ema_decay=0.9,
-        keep_checkpoints=1,
+        keep_checkpoints=1, spike_factor=1e6, spike_window=4,
     )  # fmt: skip
     return dataclasses.replace(run_config, model=model, train=train)
 
