@@ -128,7 +128,7 @@ def test_a_slow_process_is_named_and_goes_on(job, capfd):
 
 
 @pytest.mark.slow
-def test_a_full_disk_ends_all_with_its_exit_code(job, capfd):
+def test_a_full_disk_ends_all_with_its_exit_code(job, clean, capfd):
     assert job.run("full@data:6@1") == 46
     error = capfd.readouterr().err
     assert "No space left on device; free some space" in error
