@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--preset", default="small", choices=PRESETS)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    if args.rounds < 2:
+        parser.error("--rounds must be at least 2: the first save of a run is told apart")
     config = RunConfig(
         model=PRESETS[args.preset]().model,
         data=DataConfig(256, 64),
