@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 FREE_ON_RESUME = {
     "data": ("mixture", "max_bad_examples"),
-    "mesh": ("data", "fsdp", "tensor"),
+    "mesh": ("data", "fsdp", "tensor", "slices"),
     "train": (
         "steps", "batch_size", "accumulation_steps", "log_every_steps", "evaluate_every_steps", "save_every_steps",
         "save_every_seconds", "keep_checkpoints", "keep_every_steps", "patience", "compute_dtype", "on_divergence",
