@@ -1,5 +1,6 @@
 """Command lines: flags out of a dataclass, with paths that lie in an object store where the verb can use one."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -61,7 +62,10 @@ def parse_command_line(flags: type[_Flags] | Any, **options: Any) -> Any:
         UsageError: if a path lies where the verb cannot use it, or its scheme is not known.
         SystemExit: for `--help`, and for what tyro refuses itself.
     """
-    with _LOCAL_PATHS:
+    with _LOCAL_PATHS, warnings.catch_warnings():
+        # A default that lies in a store, such as that of a run that continues, is typed as a path without being one.
+        warnings.filterwarnings("ignore", r".*remote_path.* does not match any type in Union")
+        warnings.filterwarnings("ignore", r"(?s)The field .* but the default value .*remote_path")
         return tyro.cli(flags, **options)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launch.cli import VERBS, Verb
-from launch.command_line import parse_command_line
+from launch.command_line import StoragePath, parse_command_line
 from t5pegasus.errors import UsageError
 from t5pegasus.storage import is_remote, is_remote_text, open_path
 
@@ -100,3 +100,15 @@ def test_no_verb_makes_a_local_path_of_an_address():
         assert str(taken) == address, parameter.id
         num_remote, num_fields = num_remote + 1, num_fields + 1
     assert len(parameters) == num_fields > num_remote > 20
+
+
+def test_defaults_may_lie_in_a_store():
+    """As the paths of a run that continues do."""
+    address = open_path("gs://bucket/some/where")
+    hints: list[Any] = [("given", StoragePath), ("perhaps", StoragePath | None)]
+    flags = dataclasses.make_dataclass("Flags", hints)
+    default = flags(address, address)
+    assert parse_command_line(flags, args=[], default=default) == default
+    assert parse_command_line(flags, args=["--perhaps", "None"], default=default).perhaps is None
+    other = parse_command_line(flags, args=["--perhaps", "gs://bucket/x", "--given", "x"], default=default)
+    assert (str(other.perhaps), other.given) == ("gs://bucket/x", Path("x"))
