@@ -78,7 +78,7 @@ def our_updates(config: RunConfig, parameters: dict, batches: list[Batch]):
         metrics = []
         for batch in batches:
             state, values = train_step(state, batch)
-            metrics.append({name: float(value) for name, value in values.items()})
+            metrics.append({name: float(value) for name, value in values.items() if value.ndim == 0})
     after = {name: np.asarray(value) for name, value in state.parameters.items()}
     # The conversion rounds to float32, so the digits beyond go through it by themselves.
     beyond = {name: value - value.astype(np.float32) for name, value in after.items()}
