@@ -18,11 +18,12 @@ PART_BYTES = 64 << 20
 def transfer(source: Path, target: Path) -> None:
     """Copy one file where at least one side is an object."""
     from_store: Any = source
-    if not is_remote(source):
-        content = source.read_bytes()
-        target.write_bytes(content)
+    to_store: Any = target
+    if not is_remote(source) and source.stat().st_size > PART_BYTES:  # read part by part as it goes
+        attempt(target, "write", lambda: to_store.fs.put_file(str(source), to_store.path))
+    elif not is_remote(source):
+        target.write_bytes(source.read_bytes())
     elif is_remote(target) and type(source) is type(target):
-        to_store: Any = target
         attempt(target, "write", lambda: from_store.fs.cp_file(from_store.path, to_store.path))
     elif is_remote(target):
         target.write_bytes(source.read_bytes())

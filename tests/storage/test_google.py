@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 from google_store import GoogleStore, cut_short, hang_up, stop_the_clock
 
-from t5pegasus.storage import copy_tree, fetch, list_files, read_range, remove_tree, working_copy, write_bytes
+from t5pegasus.storage import (
+    copy_file,
+    copy_tree,
+    fetch,
+    list_files,
+    read_range,
+    remove_tree,
+    transfer,
+    working_copy,
+    write_bytes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +96,19 @@ def test_an_object_above_the_limit_of_one_request_is_whole(google: GoogleStore, 
     assert (fetch(bucket / "copy") / "large").read_bytes() == content
     remove_tree(bucket)
     assert list_files(bucket) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")
+def test_a_large_file_goes_up_in_parts_and_is_whole(
+    google: GoogleStore, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(transfer, "PART_BYTES", 10 << 20)
+    content = os.urandom((51 << 20) + 5)
+    (tmp_path / "large").write_bytes(content)
+    google.plan("POST", "/upload/", 503)
+    copy_file(tmp_path / "large", bucket / "large")
+    copy_file(bucket / "large", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == content
 
 
 def test_only_one_writer_creates_and_a_lost_answer_is_no_other_writer(google: GoogleStore, bucket: Any):
