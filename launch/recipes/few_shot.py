@@ -84,10 +84,10 @@ def run_few_shot(plan: FewShotPlan, config: RunConfig) -> list[dict[str, Any]]:
                 f"that can be used (seed {seed}); leave the larger sizes out"
             )
     scorer = score_summaries_of(config, plan.checkpoint / "tokenizer", heldout, plan.max_heldout_pairs)
-    lengths = {"max_source_tokens": config.data.max_source_tokens, "max_target_tokens": config.data.max_target_tokens}
+    written = BuildConfig("pairs", config.data.max_source_tokens, config.data.max_target_tokens)
 
     def build(pairs_path: Path, output_path: Path) -> Path:
-        build_examples([pairs_path], plan.checkpoint / "tokenizer", output_path, BuildConfig("pairs", **lengths), 1)
+        build_examples([pairs_path], plan.checkpoint / "tokenizer", output_path, written, 1)
         return output_path
 
     heldout_examples = build(heldout, plan.output_path / "heldout_examples")

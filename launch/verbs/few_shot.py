@@ -34,7 +34,7 @@ class OptimizerFlags(OptimizerConfig):
     """The optimizer and its schedule."""
 
     learning_rate: float = DEFAULT_OPTIMIZER.learning_rate
-    schedule: Literal["constant", "cosine", "wsd"] = DEFAULT_OPTIMIZER.schedule
+    schedule: Literal["constant", "cosine", "wsd", "piecewise"] = DEFAULT_OPTIMIZER.schedule
     warmup_steps: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = 0  # follows from warmup_fraction
     beta2: float = DEFAULT_OPTIMIZER.beta2
 

@@ -53,8 +53,8 @@ class TrainConfig(Record):
     """What to do with an update whose loss or gradient is not finite, or a spike: abort with exit code 45, skip it (the
     state stays, its rows count as consumed), or go back to the last checkpoint and on behind its rows."""
     spike_factor: float = 0.0
-    """Above 0, a loss or gradient norm above mean + spike_factor · σ of the last `spike_window` updates is a spike; 6 is
-    usual. 0 does not look for spikes."""
+    """Above 0, a loss or gradient norm above mean + spike_factor · σ of the last `spike_window` updates is a spike; 6
+    is usual. 0 does not look for spikes."""
     spike_window: int = 128
     max_skips: int = 16
     """Updates skipped in a row; one more ends the run with exit code 45."""
@@ -68,7 +68,7 @@ class TrainConfig(Record):
     num_samples: int = 4
     """Held-out sources to write them of, the first ones."""
     profile_steps: str = ""
-    """FIRST:LAST traces these updates with jax.profiler into RUN/profile, e.g. 100:105; SIGUSR2 traces the next five."""
+    """FIRST:LAST traces these updates with jax.profiler into RUN/profile, e.g. 100:105; SIGUSR2 the next five."""
     wandb_project: str = ""
     """Also log to this project of Weights & Biases (extra `wandb`); WANDB_MODE=offline needs no network."""
     save_every_seconds: float = 0.0
@@ -123,7 +123,8 @@ class TrainConfig(Record):
             f"train.on_divergence={self.on_divergence!r} must be abort, skip or rollback",
         )
         for name in (
-            "spike_factor", "max_skips", "max_rollbacks", "sample_every_steps", "save_every_seconds", "keep_every_steps",
+            "spike_factor", "max_skips", "max_rollbacks", "sample_every_steps", "save_every_seconds",
+            "keep_every_steps",
         ):  # fmt: skip
             require(getattr(self, name) >= 0, f"train.{name}={getattr(self, name)} must not be negative")
         require(self.spike_window >= 2, f"train.spike_window={self.spike_window} must be at least 2")

@@ -1,4 +1,4 @@
-"""Saves in which one file operation, or each from one on, fails or is the process's last: run by test_faults.
+"""Saves in which one file operation, or each from one on, fails or is the process's last: run by test_faulty_saves.
 
 Usage: python -m tests.checkpoint.faulty_saves ROOT FAULT EVERY
 

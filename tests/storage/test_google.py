@@ -27,7 +27,12 @@ def _without_pauses(monkeypatch: pytest.MonkeyPatch, google: GoogleStore) -> Non
     stop_the_clock(monkeypatch)
 
 
-@pytest.mark.parametrize("fault", [503, 500, 429, 408, hang_up, cut_short], ids=str)
+def name_of(value: Any) -> str:
+    """The same in every process, as pytest-xdist wants its tests' names."""
+    return getattr(value, "__name__", str(value))
+
+
+@pytest.mark.parametrize("fault", [503, 500, 429, 408, hang_up, cut_short], ids=name_of)
 def test_what_fails_for_the_moment_is_tried_again(fault: Any, google: GoogleStore, bucket: Any):
     google.plan("POST", "/upload/", fault, times=2)
     write_bytes(bucket / "x", b"0123456789")
@@ -45,7 +50,7 @@ def test_what_fails_for_the_moment_is_tried_again(fault: Any, google: GoogleStor
         (hang_up, "ServerDisconnectedError"),
         (cut_short, "ClientPayloadError"),
     ],
-    ids=str,
+    ids=name_of,
 )
 def test_what_goes_on_failing_names_object_and_cause(fault: Any, told: str, google: GoogleStore, bucket: Any):
     write_bytes(bucket / "x", b"0123456789")
