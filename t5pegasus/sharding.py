@@ -222,9 +222,7 @@ def check_divides(config: RunConfig, specs: Mapping[str, ParamSpec], mesh: Mesh)
     refuse(
         [
             *indivisible_batch(train.batch_size, train.accumulation_steps, mesh),
-            *indivisible_lengths(
-                data.max_source_tokens, data.max_target_tokens, mesh, split_length=train.split_length
-            ),
+            *indivisible_lengths(data.max_source_tokens, data.max_target_tokens, mesh, split_length=train.split_length),
             *indivisible_sizes(specs, mesh),
         ]
     )
