@@ -40,7 +40,8 @@ def test_terminated_killed_damaged_and_failed_it_goes_on_to_the_same_bits(job, c
     assert "InjectedError: injected into process 1" in ended[1]["traceback"]
     assert (ended[0]["how"], ended[0]["code"], ended[0]["blamed"]) == ("consequence", 1, 1)
     error = capfd.readouterr().err
-    assert f"checkpoint {damaged}: file " in error
+    assert f"checkpoint {damaged}: " in error, error
+    assert "going back to the one before" in error
     assert error.endswith("process 1 of 2 ended with exit code 1: InjectedError: injected into process 1\n")
     finish(job, clean)
 
