@@ -37,7 +37,7 @@ def find_last_good(
     Raises:
         ArtifactError: if there are checkpoints, and all are damaged.
     """
-    finished = list_checkpoints(run_path)
+    finished, reasons = list_checkpoints(run_path), []
     for path in finished:
         if path in damaged:
             continue
@@ -45,12 +45,13 @@ def find_last_good(
             verify(path)
         except ArtifactError as error:
             logger.warning("%s; going back to the one before", error)
+            reasons.append(f": {error}")
         else:
             return path
     if finished:
         raise ArtifactError(
-            f"{run_path}: all of its checkpoints are damaged ({', '.join(path.name for path in finished)}); "
-            f"copy them anew, or delete {checkpoints_folder(run_path)} to begin again"
+            f"{run_path}: all of its checkpoints are damaged ({', '.join(path.name for path in finished)})"
+            f"{''.join(reasons[-1:])}; copy them anew, or delete {checkpoints_folder(run_path)} to begin again"
         )
     return None
 

@@ -14,6 +14,7 @@ FLOW = [
     "tokenizer",
     "build",
     "pseudo-summary",
+    "plan",
     "pretrain",
     "grow",
     "finetune",
