@@ -63,9 +63,9 @@ class OptimizerConfig(Record):
     """Decoupled, multiplied by the learning rate; gains are exempt."""
     max_grad_norm: float = 1.0
     accumulate_in_moments: bool = False
-    """With --train.accumulation-steps: add micro-batches up in the moments instead of in gradients, which saves the
-    memory of one gradient of the whole model; for adamw, adamw-scaled and sgd with beta1. Each micro-batch's
-    gradient is clipped by itself, and AdamW's second moment is the mean of their squares (docs/optimizers.md)."""
+    """With --train.accumulation-steps: add micro-batches up in the moments instead of in a gradient of the whole
+    model; for adamw, adamw-scaled and sgd with beta1. Each micro-batch's gradient is clipped by itself, and AdamW's
+    second moment is the mean of their squares (docs/optimizers.md)."""
     gradient_transforms: tuple[str, ...] = ()
     """PATTERN=scale:X, PATTERN=clip:X or PATTERN=l1:X, done one after the other before all gradients are clipped
     together: multiply those of a group by X, clip their norm to X, or add X·sign(parameter). Patterns are those of

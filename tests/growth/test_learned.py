@@ -172,6 +172,7 @@ def _is_final_gain(spec):
     return spec.gain and not any(logical_axis(axis) == "layers" for axis in spec.axes)
 
 
+@pytest.mark.slow
 def test_a_mesh_trains_the_maps_of_one_device(on_one_device):
     again = learn_growth(single_precision(), plan(), RUN, batches(6), mesh_of(2, 2, 2))
     np.testing.assert_allclose(again.training.losses, on_one_device.training.losses, rtol=2e-5)

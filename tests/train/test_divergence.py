@@ -204,6 +204,7 @@ def test_it_goes_back_behind_the_bad_rows_twice_and_then_ends(tmp_path, without_
     assert ledger(whole.run_path)[:2] == records
 
 
+@pytest.mark.slow
 def test_a_run_killed_around_a_rollback_has_the_same_ledger(
     tmp_path, without_heldout, going_back, poisoned, monkeypatch
 ):

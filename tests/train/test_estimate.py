@@ -41,6 +41,7 @@ def test_it_says_what_the_state_takes_on_a_device_and_what_an_update_takes(avera
     assert "30 % of the peak, a guess" in third
 
 
+@pytest.mark.slow
 def test_longer_sources_take_more_and_frozen_parameters_less(averaged):
     longer = dataclasses.replace(averaged, data=DataConfig(192, 8))
     frozen = dataclasses.replace(averaged, optimizer=dataclasses.replace(averaged.optimizer, freeze=("encoder.*",)))

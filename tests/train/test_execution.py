@@ -92,6 +92,7 @@ def test_what_is_computed_anew_takes_no_memory():
     assert full < 0.5 * dots < 0.5 * none
 
 
+@pytest.mark.slow
 def test_offloaded_inputs_of_layers_go_to_the_hosts_memory():
     config = dataclasses.replace(change(remat="offload"))
     parameters = init_parameters(MODEL, 3)

@@ -107,6 +107,7 @@ def test_steps_that_the_start_has_already_made_are_refused(whole, tmp_path, exam
         train_run(run_config, RunPaths(tmp_path / "run", examples_path, start_from=whole))
 
 
+@pytest.mark.slow
 def test_another_compute_dtype_must_be_named(whole, tmp_path, examples_path, run_config, monkeypatch):
     paths = RunPaths(tmp_path / "run", examples_path)
     train_run(with_train(run_config, steps=4), paths)

@@ -45,7 +45,10 @@ def on_one_device(run_config, batches):
     return two_updates(run_config, batches, (1, 1, 1))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize(
+    "sizes",
+    [(1, 8, 1), (2, 2, 2), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in [(8, 1, 1), (1, 1, 8)])],
+)
 def test_every_mesh_gives_the_update_of_one_device(run_config, batches, on_one_device, sizes):
     losses, parameters = two_updates(run_config, batches, sizes)
     np.testing.assert_allclose(losses, on_one_device[0], rtol=2e-6)
@@ -54,7 +57,7 @@ def test_every_mesh_gives_the_update_of_one_device(run_config, batches, on_one_d
         np.testing.assert_allclose(parameters[name], wanted, rtol=0, atol=5e-6, err_msg=name)
 
 
-@pytest.mark.parametrize("count", [2, 8])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 8])
 def test_micro_batches_give_the_update_of_one_batch(run_config, batches, on_one_device, count):
     config = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, accumulation_steps=count))
     losses, parameters = two_updates(config, batches, (1, 1, 1))
@@ -74,6 +77,7 @@ def with_every_option(run_config):
     return dataclasses.replace(run_config, optimizer=optimizer, train=train)
 
 
+@pytest.mark.slow
 def test_with_every_option_meshes_and_micro_batches_give_the_same_update_too(with_every_option, batches):
     config = dataclasses.replace(
         with_every_option, train=dataclasses.replace(with_every_option.train, accumulation_steps=2)
