@@ -1,6 +1,6 @@
 """Training under fire: hundreds of faults, and at the end the same bits as without them.
 
-    python benchmarks/soak.py --folder /tmp/soak --steps 2000 --faults 200
+    python benchmarks/soak.py --folder runs/soak --steps 2000 --faults 200
 
 Trains a very small model twice, in several processes over Gloo. The clean run is only stopped where the mesh is to
 change (every --segment updates, after which it goes on with other processes or another division of the state). The
