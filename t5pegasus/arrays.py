@@ -7,7 +7,6 @@ used, and no byte is read twice.
 import collections
 import hashlib
 import itertools
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -73,7 +72,7 @@ def load_arrays(
         reader = _Reader(path, files, pool)
         try:
             for name, parts in reader.read_ahead(names, shardings or {}):
-                loaded[name] = parts.place(None if shardings is None else shardings[name], reader.memory)
+                loaded[name] = parts.place(None if shardings is None else shardings[name])
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -86,26 +85,6 @@ def find_bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Boun
     return tuple(each.indices(size)[:2] for each, size in zip(slices, shape))
 
 
-class _Memory:
-    """Host memory that is used again: to be given fresh pages takes as long as to read them full."""
-
-    def __init__(self) -> None:
-        self._free: list[np.ndarray] = []
-
-    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        num_bytes = math.prod(shape) * dtype.itemsize
-        fitting = [each for each in self._free if num_bytes <= each.nbytes]
-        memory = min(fitting, key=lambda each: each.nbytes) if fitting else np.empty(num_bytes, np.uint8)
-        self._free = [each for each in self._free if each is not memory]
-        return memory[:num_bytes].view(dtype).reshape(shape)
-
-    def give_back(self, array: np.ndarray) -> None:
-        memory = array
-        while isinstance(memory.base, np.ndarray):
-            memory = memory.base
-        self._free.append(memory)
-
-
 class _Parts(NamedTuple):
     """What one process needs of an array: each different part once, whichever devices hold it."""
 
@@ -113,15 +92,16 @@ class _Parts(NamedTuple):
     values: dict[Bounds, np.ndarray]
 
     @classmethod
-    def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None, memory: _Memory) -> "_Parts":
+    def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> "_Parts":
         if sharding is None:
             return cls(layout.shape, {find_bounds(None, layout.shape): np.empty(layout.shape, layout.dtype)})
         indices = sharding.addressable_devices_indices_map(layout.shape).values()
         bounds = sorted({find_bounds(index, layout.shape) for index in indices})
-        values = {each: memory.take([stop - start for start, stop in each], layout.dtype) for each in bounds}
+        # Not memory that was used before: a device on the host may share it with NumPy, whatever it is asked for.
+        values = {each: np.empty([stop - start for start, stop in each], layout.dtype) for each in bounds}
         return cls(layout.shape, values)
 
-    def place(self, sharding: jax.sharding.Sharding | None, memory: _Memory) -> Any:
+    def place(self, sharding: jax.sharding.Sharding | None) -> Any:
         """The array itself: on the devices of a sharding, or in this process's memory."""
         if sharding is None:
             return next(iter(self.values.values()))
@@ -131,8 +111,6 @@ class _Parts(NamedTuple):
             for device, index in sharding.addressable_devices_indices_map(self.shape).items()
         ]
         jax.block_until_ready(shards)
-        for each in self.values.values():
-            memory.give_back(each)
         return jax.make_array_from_single_device_arrays(self.shape, sharding, shards)
 
     @property
@@ -145,7 +123,7 @@ class _Reader:
 
     def __init__(self, path: Path, files: Files | None, pool: ThreadPoolExecutor):
         self._path, self._files, self._pool = path, files, pool
-        self.memory, self._local = _Memory(), threading.local()
+        self._local = threading.local()
 
     def read_ahead(
         self, names: Sequence[str], shardings: Mapping[str, jax.sharding.Sharding]
@@ -162,7 +140,7 @@ class _Reader:
                 yield ready, parts
             if name is not None:
                 layout = self._read_layout(name)
-                parts = _Parts.allocate(layout, shardings.get(name), self.memory)
+                parts = _Parts.allocate(layout, shardings.get(name))
                 ahead += parts.nbytes
                 waiting.append((name, parts, [self._pool.submit(task) for task in self._tasks(name, layout, parts)]))
 

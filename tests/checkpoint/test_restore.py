@@ -171,3 +171,12 @@ def test_two_processes_then_one_then_three_bit_for_bit(tmp_path):
     assert all("parameters.table/c/1/0 is damaged" in each for each in said[1:])
     require_equal(second, first)
     require_equal(load_arrays(tmp_path / "checkpoints" / "3"), first)
+
+
+def test_arrays_that_come_one_after_the_other_share_no_memory(tmp_path, monkeypatch):
+    """As where a state is larger than what is read ahead."""
+    monkeypatch.setattr(t5pegasus.arrays, "_BYTES_AHEAD", 0)
+    wanted = {f"parameters.{n:03}": np.full(16 * (1 + n % 40), n, np.float32) for n in range(160)}
+    save_checkpoint(tmp_path / "1", wanted, info_of(1), write_tokenizer(tmp_path))
+    everywhere = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
+    require_equal(load_arrays(tmp_path / "1", shardings=dict.fromkeys(wanted, everywhere)), wanted)
