@@ -77,8 +77,11 @@ def compile_ahead(config: RunConfig, mesh: Mesh, target: str) -> Program:
             code_bytes=memory.generated_code_size_in_bytes,
             compile_seconds=time.perf_counter() - began,
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(path, gzip.compress(json.dumps(dataclasses.asdict(program)).encode(), mtime=0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, gzip.compress(json.dumps(dataclasses.asdict(program)).encode(), mtime=0))
+    except OSError as error:  # the plan is there, and took minutes
+        logger.warning("%s: the compiled step cannot be kept (%s); the next plan compiles it again", path, error)
     return program
 
 
@@ -104,7 +107,9 @@ def _cache_path(environment: Mapping[str, str], lowered: str, target: str, mesh:
     versions = [f"{name} {_version(name)}" for name in ("jax", "jaxlib", "libtpu")]
     flags = [environment.get(name, "") for name in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")]
     options = str(compiler_options(mesh))
-    key = "\n".join([target, *versions, *flags, options, str([device.id for device in mesh.devices.flat]), lowered])
+    kept = str([field.name for field in dataclasses.fields(Program)])
+    devices = str([device.id for device in mesh.devices.flat])
+    key = "\n".join([target, kept, *versions, *flags, options, devices, lowered])
     root = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "t5pegasus" / "plans" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json.gz"
 

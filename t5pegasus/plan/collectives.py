@@ -55,7 +55,8 @@ def find_collectives(module: Module, mesh_shape: Mapping[str, int], num_slices: 
     """Every collective of a compiled program.
 
     A start and its done count once, and so do the parts into which a TPU program cuts a collective to run them inside
-    other fusions, which carry one channel number.
+    other fusions, which carry one channel number. A TPU program writes a reduce-scatter as a fusion of an all-reduce
+    with the slice that each device keeps.
 
     Args:
         module: the program.
@@ -73,6 +74,8 @@ def find_collectives(module: Module, mesh_shape: Mapping[str, int], num_slices: 
             kind = instruction.opcode.removesuffix("-start")
             if kind not in COLLECTIVES:
                 continue
+            if kind == "all-reduce" and computation != name and _is_scattered(module, computation, instruction):
+                kind = "reduce-scatter"
             channel = re.search(r"channel_id=(\d+)", instruction.attributes)
             if channel and computation != name:
                 if channel[1] in seen:
@@ -99,6 +102,11 @@ def _executed(module: Module, name: str) -> Iterator[tuple[str, Instruction]]:
         yield name, instruction
         if instruction.opcode == "fusion" and (called := instruction.called("calls")):
             yield from ((called, inner) for inner in module.computations[called].values())
+
+
+def _is_scattered(module: Module, computation: str, reduced: Instruction) -> bool:
+    root = module.root(computation)
+    return root.opcode == "dynamic-slice" and root.operands[0] == reduced.name
 
 
 def _between_slices(

@@ -11,12 +11,14 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import jax.numpy as jnp
 
 from t5pegasus.config import RunConfig
+from t5pegasus.model.attention_kernel import cudnn_obstacle
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.sharding import param_shardings
 from t5pegasus.train.estimate import abstract_batch, abstract_state, bytes_per_device
+from t5pegasus.train.head_loss import choose_chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +75,14 @@ def _state_memory(config: RunConfig, mesh: Any) -> dict[str, int]:
     }
 
 
-def estimate_temporaries(config: RunConfig, mesh: Mesh) -> int:
-    """Bytes per device of activations, gradients and gathered weights, without compiling anything."""
+def estimate_temporaries(config: RunConfig, mesh: Any, platform: str) -> int:
+    """Bytes per device of activations, gradients and gathered weights, without compiling anything.
+
+    Args:
+        config: with a `compute_dtype` that is not auto.
+        mesh: described only (`AbstractMesh`).
+        platform: `tpu`, `gpu` or `cpu`; on GPUs fused attention keeps no weights of pairs of positions.
+    """
     model, data, train = config.model, config.data, config.train
     tensor = mesh.shape["tensor"]
     rows = train.batch_size / train.accumulation_steps / (mesh.shape["data"] * mesh.shape["fsdp"])
@@ -87,7 +95,13 @@ def estimate_temporaries(config: RunConfig, mesh: Mesh) -> int:
     # Of one layer: what products with weights give (kept by `dots`), and what else the backward pass reads.
     products = wide * (4 * inner + 3 * hidden + 2 * d)
     rest = stream * 2 + wide * 2 * hidden + (drops * (hidden + 2 * d))
-    scores = heads * (wide + 4 + drops)
+    lengths = (s, t)
+    fused = train.attention != "plain" and not cudnn_obstacle(
+        platform, jnp.dtype(train.compute_dtype), model.d_kv, lengths
+    )
+    scores = 0.0 if fused else heads * (wide + 4 + drops)
+    # The bias and its mask, and their gradient, which fused attention has once for all layers.
+    biases = heads * (s * s + t * t + s * t) * (wide + 4) if fused else 0.0
 
     def layer(length: int, pairs: float, blocks: float) -> float:
         kept = {
@@ -102,11 +116,13 @@ def estimate_temporaries(config: RunConfig, mesh: Mesh) -> int:
     decoder += {"none": s * wide * 2 * inner, "dots": s * wide * 2 * inner}.get(train.remat, 0.0)
     recomputed = 0.0 if train.remat == "none" else s * (products + rest) + s * s * scores
     kept = model.num_encoder_layers * encoder + model.num_decoder_layers * decoder
-    chunk = model.vocab_size / tensor if train.vocab_chunk == 0 else min(train.vocab_chunk, model.vocab_size / tensor)
+    with jax.sharding.use_abstract_mesh(mesh):
+        chosen = choose_chunk(config, (train.batch_size // train.accumulation_steps, t), 4)
+    chunk = min(chosen or model.vocab_size, model.vocab_size / tensor)
     logits = t * chunk * (4 + wide)
     specs = declare_parameters(model)
     gathered = sum(math.prod(spec.shape[1:]) for spec in specs.values() if "layers" in spec.axes[0]) / tensor * wide * 2
     head = chunk * d * (wide + 4)
     shards = param_shardings(specs, mesh)
     gradients = 4 * sum(math.prod(shards[name].shard_shape(spec.shape)) for name, spec in specs.items())
-    return int(rows * (kept + recomputed + logits) + gathered + head + gradients)
+    return int(rows * (kept + recomputed + logits + biases) + gathered + head + gradients)

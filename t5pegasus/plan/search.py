@@ -1,7 +1,7 @@
 """Which mesh, remat policy and micro-batch to take: all estimated, the best few compiled."""
 
 import dataclasses
-import logging
+import math
 from collections.abc import Iterator
 
 from t5pegasus.config import MeshConfig, RunConfig
@@ -9,12 +9,12 @@ from t5pegasus.errors import UsageError
 from t5pegasus.plan.step import PlannedStep, estimate_step, plan_step
 from t5pegasus.plan.topology import Topology
 
-logger = logging.getLogger(__name__)
-
 REMAT = ("none", "dots", "full")
 """From what keeps most to what computes most anew."""
 _SLACK = 1.3
 """An estimate may lie above the limit by so much and still be compiled: it is no better than that."""
+
+Estimates = list[PlannedStep]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,11 @@ def search(config: RunConfig, topology: Topology, num_compiled: int = 4) -> Sear
     """The fastest configuration of a batch on a topology: mesh × remat × accumulation.
 
     Every one that divides is estimated; of those that may fit the `num_compiled` fastest are compiled.
+
+    Raises:
+        UsageError: if none divides.
     """
-    estimates = list(_estimates(_variants(config, topology), topology))
-    return _try(estimates, topology, num_compiled, until_one_fits=False)
+    return _try(_estimate(_variants(config, topology), topology), topology, num_compiled, until_one_fits=False)
 
 
 def find_fitting(plan: PlannedStep, num_compiled: int = 3) -> Searched:
@@ -44,19 +46,22 @@ def find_fitting(plan: PlannedStep, num_compiled: int = 3) -> Searched:
     topology = plan.topology
     estimates = [
         each
-        for each in _estimates(_variants(plan.config, topology), topology)
+        for each in _estimate(_variants(plan.config, topology), topology)
         if each.mesh["tensor"] == plan.mesh["tensor"] and _saves(each, plan)
     ]
-    estimates.sort(key=lambda each: _changes(each, plan))
     fitting = [each for each in estimates if each.memory.fits] or estimates
     best = min((_changes(each, plan) for each in fitting), default=0)
     near = [each for each in fitting if _changes(each, plan) <= best + 1]
-    return _try(near, topology, num_compiled, until_one_fits=True, considered=len(estimates))
+    leanest = sorted(estimates, key=lambda each: each.memory.total)[:1]
+    found = _try([*near, *leanest], topology, num_compiled, until_one_fits=True)
+    return dataclasses.replace(found, num_considered=len(estimates))
 
 
 def describe_changes(plan: PlannedStep, other: PlannedStep) -> str:
     """The flags that make the first one the other."""
     flags = [f"--mesh.{name} {size}" for name, size in other.mesh.items() if size != plan.mesh[name] and name != "data"]
+    if flags and plan.config.mesh.data != -1:
+        flags.append("--mesh.data -1")
     for field in ("remat", "accumulation_steps"):
         wanted = getattr(other.config.train, field)
         if wanted != getattr(plan.config.train, field):
@@ -64,31 +69,50 @@ def describe_changes(plan: PlannedStep, other: PlannedStep) -> str:
     return " ".join(flags) or "as it is"
 
 
-def _try(
-    estimates: list[PlannedStep],
-    topology: Topology,
-    num_compiled: int,
-    *,
-    until_one_fits: bool,
-    considered: int | None = None,
-) -> Searched:
-    possible = [
-        each for each in estimates if each.memory.limit is None or each.memory.total <= _SLACK * each.memory.limit
-    ]
-    possible.sort(key=_seconds)
-    fitting = sum(each.memory.fits for each in estimates)
-    tried: list[PlannedStep] = []
-    for estimate in possible[:num_compiled]:
+def _try(estimates: Estimates, topology: Topology, num_compiled: int, *, until_one_fits: bool) -> Searched:
+    """Compile the fastest, of each mesh and remat policy first the least accumulation that is estimated to fit.
+
+    More accumulation saves memory and nothing else, so it is tried where that did not fit. If nothing else has, the
+    last try goes to what takes least.
+    """
+    waiting: dict[tuple, Estimates] = {}
+    for each in estimates:
+        waiting.setdefault((*each.mesh.values(), each.config.train.remat), []).append(each)
+    waiting = {which: possible for which, same in waiting.items() if (possible := _possible(same, topology))}
+    tried: Estimates = []
+    while waiting and len(tried) < num_compiled:
+        is_last_hope = len(tried) == num_compiled - 1 > 0 and not any(plan.memory.fits for plan in tried)
+        rank = (
+            (lambda which: waiting[which][-1].memory.total)
+            if is_last_hope
+            else (lambda which: _rank(waiting[which][0]))
+        )
+        which = min(waiting, key=rank)
+        estimate, *rest = waiting.pop(which)[-1 if is_last_hope else 0 :]
         plan = estimate if topology.platform == "gpu" else plan_step(estimate.config, topology)
         tried.append(plan)
         if plan.memory.fits and until_one_fits:
             break
-    best = min((plan for plan in tried if plan.memory.fits), key=_seconds, default=None)
-    return Searched(best, tuple(tried), len(estimates) if considered is None else considered, fitting)
+        if rest and not plan.memory.fits:
+            waiting[which] = rest
+    best = min((plan for plan in tried if plan.memory.fits), key=_rank, default=None)
+    return Searched(best, tuple(tried), len(estimates), sum(each.memory.fits for each in estimates))
 
 
-def _seconds(plan: PlannedStep) -> float:
-    return plan.prediction.step if plan.prediction else float("inf")
+def _possible(same: Estimates, topology: Topology) -> Estimates:
+    """Of one mesh and policy those to try, least accumulation first; none where an estimate is out of reach."""
+    same = sorted(same, key=lambda each: each.config.train.accumulation_steps)
+    fitting = [at for at, each in enumerate(same) if each.memory.fits]
+    if fitting:
+        return same[fitting[0] :]
+    reachable = topology.platform != "gpu" and same[-1].memory.total <= _SLACK * (same[-1].memory.limit or math.inf)
+    return same[-1:] if reachable else []
+
+
+def _rank(plan: PlannedStep) -> tuple[float, ...]:
+    """Sorts by speed; equally fast ones by what they would take without overlap, then by memory."""
+    times = plan.prediction
+    return (times.step, times.without_overlap, plan.memory.total) if times else (math.inf,)
 
 
 def _variants(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
@@ -105,12 +129,19 @@ def _variants(config: RunConfig, topology: Topology) -> Iterator[RunConfig]:
                     yield dataclasses.replace(config, mesh=mesh, train=train)
 
 
-def _estimates(configs: Iterator[RunConfig], topology: Topology) -> Iterator[PlannedStep]:
+def _estimate(configs: Iterator[RunConfig], topology: Topology) -> Estimates:
+    """Those that divide."""
+    found, refused = [], None
     for config in configs:
         try:
-            yield estimate_step(config, topology)
-        except UsageError:  # does not divide, which is what is being found out
-            continue
+            found.append(estimate_step(config, topology))
+        except UsageError as error:  # does not divide, which is what is being found out
+            refused = refused or error
+    if refused and not found:
+        raise UsageError(
+            f"no mesh of the {topology.num_devices} devices of {topology.name} divides; the first: {refused}"
+        )
+    return found
 
 
 def _saves(each: PlannedStep, plan: PlannedStep) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from t5pegasus.config import RunConfig
+from t5pegasus.errors import UsageError
 from t5pegasus.model.flops import training_flops_per_row
 from t5pegasus.model.t5 import count_parameters, declare_parameters
 from t5pegasus.plan.ahead import Program, compile_ahead
@@ -23,6 +24,9 @@ from t5pegasus.plan.roofline import Prediction, Rates, predict
 from t5pegasus.plan.topology import Topology, list_devices
 from t5pegasus.sharding import AXES, check_divides, make_mesh
 from t5pegasus.train.metrics import peak_flops
+
+GPU_SHARE = 0.75
+"""Of a GPU's memory, what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,14 +97,18 @@ def plan_step(config: RunConfig, topology: Topology) -> PlannedStep:
 
 
 def estimate_step(config: RunConfig, topology: Topology) -> PlannedStep:
-    """The analytic part alone: exact state, estimated activations, and a roofline of model FLOPs and known traffic."""
+    """The analytic part alone: exact state, estimated activations, and a roofline of model FLOPs and known traffic.
+
+    Raises:
+        UsageError: if sizes do not divide over the mesh, or the mesh not over the slices.
+    """
     config = resolve_config(config, topology)
     mesh = described_mesh(config, topology)
     check_divides(config, declare_parameters(config.model), mesh)
     rates = find_rates(topology, None)
     state = state_memory(config, mesh)
-    limit = topology.chip.memory_bytes if topology.chip else None
-    memory = Memory(**state, temporaries=estimate_temporaries(config, mesh), limit=limit, is_estimate=True)
+    temporaries = estimate_temporaries(config, mesh, topology.platform)
+    memory = Memory(**state, temporaries=temporaries, limit=_memory_limit(topology), is_estimate=True)
     flops = _model_flops(config)
     return PlannedStep(
         config, topology, dict(mesh.shape), count_parameters(config.model), memory, flops, rates,
@@ -119,8 +127,20 @@ def resolve_config(config: RunConfig, topology: Topology) -> RunConfig:
 
 
 def described_mesh(config: RunConfig, topology: Topology) -> Any:
-    """A mesh of the right shape without devices, enough for shapes of shards."""
-    sizes = config.mesh.resolve(topology.num_devices)
+    """A mesh of the right shape without devices, enough for shapes of shards.
+
+    Raises:
+        UsageError: if the sizes do not multiply to the number of devices, or do not fit into the slices.
+    """
+    sizes, num_slices = config.mesh.resolve(topology.num_devices), topology.num_slices
+    what = f"{topology.name} has {num_slices} {'nodes' if topology.platform == 'gpu' else 'slices'}"
+    if topology.chip and config.mesh.slices not in (-1, num_slices):
+        raise UsageError(f"mesh slices={config.mesh.slices}, but {what}; leave it out, or give that")
+    if sizes[0] % num_slices:
+        raise UsageError(
+            f"mesh data={sizes[0]} cannot be split over them: {what}; fsdp × tensor={sizes[1] * sizes[2]} must divide "
+            f"the {topology.num_devices // num_slices} devices of each; make one of them smaller"
+        )
     return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
@@ -131,6 +151,7 @@ def find_rates(topology: Topology, device: Any) -> Rates:
         flops = chip.peak_flops * chip.matmul_efficiency
         source = f"{100 * chip.matmul_efficiency:.0f} % of {chip.peak_flops / 1e12:.0f} TFLOP/s bfloat16, an assumption"
         return Rates(flops, chip.peak_flops, chip.memory_bandwidth, source, chip.clock)
+    device = device or list_devices(topology)[0]
     peak, source = peak_flops(device)
     return Rates(peak, peak, measure_bandwidth(device) / jax.local_device_count(), source)
 
@@ -163,12 +184,18 @@ def _without_program(config: RunConfig, topology: Topology, mesh: Mesh, rates: R
         temporaries = program.temporary_bytes + program.code_bytes + program.argument_bytes - known
     else:
         temporaries = program.used_bytes - known
-    limit = program.limit_bytes or (topology.chip.memory_bytes if topology.chip else None)
+    limit = program.limit_bytes or _memory_limit(topology)
     memory = Memory(**state, temporaries=max(0, temporaries), limit=limit, is_estimate=False)
     return PlannedStep(
         config, topology, dict(mesh.shape), count_parameters(config.model), memory, _model_flops(config), rates,
         compile_seconds=program.compile_seconds,
     )  # fmt: skip
+
+
+def _memory_limit(topology: Topology) -> int | None:
+    if topology.chip is None:
+        return None
+    return int(topology.chip.memory_bytes * (GPU_SHARE if topology.platform == "gpu" else 1))
 
 
 def _state_leaves(config: RunConfig) -> Sequence[Any]:
@@ -181,7 +208,11 @@ def _state_leaves(config: RunConfig) -> Sequence[Any]:
 def _estimate_seconds(
     config: RunConfig, topology: Topology, mesh: dict[str, int], memory: Memory, flops: float, rates: Rates
 ) -> Prediction:
-    """A roofline without a program: recomputation as the policy says, each kept activation written and read once."""
+    """A roofline without a program: recomputation as the policy says, each kept activation written and read once.
+
+    Weights are gathered over `fsdp` three times for each micro-batch, gradients are summed over `data` once, within
+    slices before between them; over `tensor` each block gathers what it reads and scatters what it adds.
+    """
     recomputed = {"none": 0.0, "dots": 0.05, "full": 1 / 3, "offload": 1 / 3}[config.train.remat]
     products = flops * (1 + recomputed) / topology.num_devices / rates.flops
     passes = config.train.accumulation_steps
@@ -192,9 +223,20 @@ def _estimate_seconds(
     gather = 3 * passes * wide * weights * (shared - 1) / shared
     replicas = mesh["data"] // slices
     reduce = 2 * 4 * weights / shared * (replicas - 1) / replicas
-    between = 2 * 4 * weights / shared * (slices - 1) / slices
+    between = 2 * 4 * weights / shared / replicas * (slices - 1) / slices
     chip = topology.chip
-    ici = (gather + reduce) / (chip.link_bandwidth if chip else math.inf)
+    stream = _stream_bytes(config, mesh, wide)
+    ici = (gather + reduce + stream) / (chip.link_bandwidth if chip else math.inf)
     dcn = between / (chip.network_bandwidth if chip else math.inf)
     by_bytes = traffic / rates.memory_bandwidth
     return Prediction(products, by_bytes, 0.0, max(products, by_bytes), ici, dcn)
+
+
+def _stream_bytes(config: RunConfig, mesh: dict[str, int], wide: int) -> float:
+    """What a device sends over `tensor` in a step: two blocks of an encoder layer, three of a decoder layer."""
+    model, data, tensor = config.model, config.data, mesh["tensor"]
+    positions = 2 * model.num_encoder_layers * data.max_source_tokens
+    positions += 3 * model.num_decoder_layers * data.max_target_tokens
+    rows = config.train.batch_size / (mesh["data"] * mesh["fsdp"])
+    passes = 2 if config.train.remat == "none" else 3  # forward, backward, and forward anew
+    return passes * 2 * rows * positions * model.d_model * wide * (tensor - 1) / tensor

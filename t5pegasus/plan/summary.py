@@ -50,8 +50,8 @@ def format_search(searched: Searched, name: str) -> str:
     )
     if searched.best is None:
         return "\n".join([counted, header, *rows, "none of these fits: take more devices, or a smaller batch or model"])
-    flags = [f"--mesh.fsdp {searched.best.mesh['fsdp']}", f"--mesh.tensor {searched.best.mesh['tensor']}"]
-    train = searched.best.config.train
+    mesh, train = searched.best.mesh, searched.best.config.train
+    flags = ["--mesh.data -1", f"--mesh.fsdp {mesh['fsdp']}", f"--mesh.tensor {mesh['tensor']}"]
     flags += [f"--train.remat {train.remat}", f"--train.accumulation-steps {train.accumulation_steps}"]
     return "\n".join([counted, header, *rows, f"best: {' '.join(flags)}", "", format_plan(searched.best, name)])
 

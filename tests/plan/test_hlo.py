@@ -130,6 +130,25 @@ def test_groups_that_cross_slices_use_the_network_between_them():
     }  # fmt: skip
 
 
+SCATTERED = """%all-reduce-scatter.1 (in: bf16[32,8]) -> bf16[8,8] {
+  %in = bf16[32,8] parameter(0)
+  %whole = bf16[32,8] all-reduce(%in), channel_id=11, replica_groups=[2,4]<=[8], to_apply=%add
+  %place = s32[] constant(0)
+  ROOT %kept = bf16[8,8] dynamic-slice(%whole, %place, %place), dynamic_slice_sizes={8,8}
+}
+
+ENTRY"""
+
+
+def test_an_all_reduce_of_which_a_fusion_keeps_a_slice_is_a_reduce_scatter():
+    text = LOOPS.replace("ENTRY", SCATTERED)
+    call = "  %x3 = bf16[32,8] broadcast(%zero)\n  %part = bf16[8,8] fusion(%x3), calls=%all-reduce-scatter.1\n  %t ="
+    found = find_collectives(parse_hlo(text.replace("  %t =", call)), MESH)
+    (scattered,) = [each for each in found if each.kind == "reduce-scatter"]
+    assert (scattered.axes, scattered.runs, scattered.sent_bytes) == (("fsdp",), 1, 3 / 4 * 32 * 8 * 2)
+    assert [each.axes for each in found if each.kind == "all-reduce"] == [("data",)]
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [

@@ -142,7 +142,7 @@ def test_a_search_gives_the_fastest_that_fits():
     assert searched.best.memory.fits
     times = [each.prediction.step for each in searched.tried]
     assert times == sorted(times)
-    assert "best: --mesh.fsdp" in format_search(searched, "large")
+    assert "best: --mesh.data -1 --mesh.fsdp" in format_search(searched, "large")
 
 
 def test_what_does_not_fit_gets_a_way_out_that_does():
@@ -158,6 +158,75 @@ def test_what_does_not_fit_gets_a_way_out_that_does():
     assert "DOES NOT FIT" in text
     assert f"way out: {flags}" in text
     assert len(text.splitlines()) <= 40
+
+
+def test_flags_that_make_it_fit_leave_no_other_in_their_way():
+    topology = parse_topology("a100:8")
+    plan = estimate_step(configure("xl", MeshConfig(8, 1, 1), batch_size=64), topology)
+    flags = describe_changes(plan, estimate_step(configure("xl", MeshConfig(1, 8, 1), batch_size=64), topology))
+    assert flags == "--mesh.fsdp 8 --mesh.data -1"
+
+
+def test_a_search_takes_no_tensor_axis_where_it_only_sends_more():
+    searched = search(configure("base"), parse_topology("h100:8"), num_compiled=8)
+    assert searched.best.mesh["tensor"] == 1
+    assert len({(*each.mesh.values(), each.config.train.remat) for each in searched.tried}) == 8
+    assert {each.config.train.accumulation_steps for each in searched.tried} == {1}  # more would save, and all fit
+
+
+def test_what_a_tensor_axis_sends_by_hand():
+    config = configure("base", MeshConfig(4, 1, 2), batch_size=64)
+    topology = parse_topology("h100:8")
+    seconds = estimate_step(config, topology).prediction.ici
+    gradients = 2 * 4 * estimate_step(config, topology).num_parameters / 2 * 3 / 4
+    of_blocks = 16 * (2 * 12 * 512 + 3 * 12 * 128) * 768 * 2 / 2  # half of the stream of 16 rows, in bfloat16
+    sent = gradients + 2 * 2 * of_blocks  # gathered and scattered, forward and backward
+    assert seconds * topology.chip.link_bandwidth == pytest.approx(sent)
+
+
+def refuse_to_fit(monkeypatch, fits):
+    """Let compilers find that only those fit of which `fits` says so."""
+
+    def compiled(config, topology):
+        plan = estimate_step(config, topology)
+        limit = plan.memory.total if fits(plan) else 1
+        return dataclasses.replace(plan, memory=dataclasses.replace(plan.memory, limit=limit))
+
+    monkeypatch.setattr("t5pegasus.plan.search.plan_step", compiled)
+
+
+def test_where_an_estimate_was_wrong_smaller_micro_batches_follow_and_the_leanest_comes_last(monkeypatch):
+    refuse_to_fit(monkeypatch, lambda plan: plan.config.train.accumulation_steps == 2)
+    searched = search(configure("base"), parse_topology("v5e:4x4"), num_compiled=30)
+    followed: dict[tuple, list[int]] = {}
+    for each in searched.tried:
+        steps = followed.setdefault((*each.mesh.values(), each.config.train.remat), [])
+        steps.append(each.config.train.accumulation_steps)
+    assert [1, 2] in followed.values()
+    assert all(steps in ([1], [1, 2]) for steps in followed.values())
+    assert searched.best.config.train.accumulation_steps == 2
+    refuse_to_fit(monkeypatch, lambda plan: plan.config.train.remat == "full")
+    searched = search(configure("base"), parse_topology("v5e:4x4"), num_compiled=3)
+    assert searched.best is searched.tried[-1]
+
+
+def test_gpus_have_what_jax_takes_of_their_memory_and_keep_no_weights_of_pairs():
+    topology = parse_topology("h100:8")
+    plain, fused = (
+        estimate_step(configure("base", MeshConfig(1, 8, 1), attention=attention), topology)
+        for attention in ("plain", "auto")
+    )
+    assert fused.memory.limit == 0.75 * 80e9
+    assert fused.memory.temporaries < 0.7 * plain.memory.temporaries
+
+
+def test_logits_are_there_by_chunks_unless_they_are_asked_for_whole():
+    sizes = [
+        estimate_step(configure("base", MeshConfig(8, 1, 1), batch_size=2048, **train), parse_topology("h100:8"))
+        for train in ({}, {"vocab_chunk": 50_000})
+    ]
+    chunked, whole = (each.memory.temporaries for each in sizes)
+    assert whole - chunked > 256 * 128 * 40_000 * 6
 
 
 def test_a_plan_as_json_says_what_the_text_says():
@@ -197,6 +266,16 @@ def test_the_verb_plans_for_gpus_and_for_this_machine(capsys, monkeypatch, tmp_p
     assert kept.stat().st_mtime_ns == written
 
 
+def test_the_verb_searches_on_this_machine_even_if_nothing_can_be_kept(capsys, monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder", encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    sizes = "--model.vocab-size 600 --model.d-model 32 --model.num-encoder-layers 1 --model.num-decoder-layers 1"
+    rest = "--data.max-source-tokens 16 --data.max-target-tokens 8 --train.batch-size 4 --compile-at-most 1"
+    assert main(["plan", "tiny", "--topology", "cpu", "--search", *sizes.split(), *rest.split()]) == 0
+    assert "best: --mesh.data -1 --mesh.fsdp 1" in capsys.readouterr().out
+    assert "the compiled step cannot be kept" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -206,6 +285,12 @@ def test_the_verb_plans_for_gpus_and_for_this_machine(capsys, monkeypatch, tmp_p
         (["plan", "base", "--topology", "h100:8", "--slices", "0"], "--slices=0 must be at least 1"),
         (["plan", "base", "--topology", "h100:8", "--compile-at-most", "0"], "must be at least 1"),
         (["plan", "base", "--topology", "h100:8", "--train.batch-size", "20"], "nearest: 16 or 24"),
+        (["plan", "base", "--topology", "h100:16", "--mesh.fsdp", "16"], "mesh data=1 cannot be split over them: h100"),
+        (["plan", "base", "--topology", "h100:16", "--mesh.slices", "4"], "mesh slices=4, but h100:16 has 2 nodes"),
+        (
+            ["plan", "base", "--topology", "v5e:16x16", "--search", "--train.batch-size", "100"],
+            "no mesh of the 256 devices of v5e:16x16 divides; the first: batch_size=100 is not a multiple",
+        ),
     ],
 )
 def test_what_the_verb_refuses(argv, message, capsys):
