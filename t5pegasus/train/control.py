@@ -6,6 +6,8 @@ nothing of signals. Both know this object.
 
 import contextlib
 import enum
+import functools
+import operator
 import time
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -26,7 +28,7 @@ class Activity(NamedTuple):
     """What a run is doing; replaced as a whole, so that another thread may read it at any time."""
 
     name: str
-    """start, data, step, device, evaluate, save, event or end: see `Control.doing`."""
+    """See `Control.doing`."""
     began: float
     """On the clock of `time.monotonic`."""
     step: int
@@ -37,7 +39,7 @@ class Control:
     """Requests to a run from outside, and its activity, for those who watch it."""
 
     def __init__(self) -> None:
-        self._requests = Request(0)
+        self._asked: set[Request] = set()
         self.activity = Activity("start", time.monotonic(), 0)
         self.seconds: dict[str, float] = {}
         """Spent in each activity so far; what runs inside another counts as itself alone."""
@@ -49,17 +51,17 @@ class Control:
         """Processes whose own part of a step takes much longer than that of the others; process 0 learns of them."""
 
     def request(self, what: Request) -> None:
-        """Ask; safe from threads and signal handlers."""
-        self._requests |= what
+        """Ask; safe from threads and signal handlers: each flag is put in, and taken out, in one step."""
+        self._asked.update(what)
 
     @property
     def requests(self) -> Request:
         """What was asked for and not answered yet."""
-        return self._requests
+        return functools.reduce(operator.or_, (flag for flag in Request if flag in self._asked), Request(0))
 
     def answer(self, what: Request) -> None:
         """Take back what has been done."""
-        self._requests &= ~what
+        self._asked.difference_update(what)
 
     @contextlib.contextmanager
     def doing(self, name: str, step: int | None = None) -> Iterator[None]:
@@ -68,7 +70,7 @@ class Control:
         Args:
             name: `start` (what nothing else names), `restore`, `compile`, `data` (wait for the next batch), `step`
                 (send an update to the device), `device` (wait for its numbers), `evaluate`, `sample`, `save`, `event`
-                (change the model), `end`.
+                (change the model).
             step: updates sent to the device, if that has changed.
         """
         before = self.activity
