@@ -4,6 +4,7 @@ fsspec's `exists` says no when the store cannot be asked. A run that believed th
 lies there, so every question here is either answered or ends in an OSError.
 """
 
+import errno
 import fnmatch
 import io
 import os
@@ -107,6 +108,11 @@ class _Remote:
         except FileNotFoundError:
             if not missing_ok:
                 raise
+
+    def rmdir(self, *_: Any, **__: Any) -> None:
+        """Nothing: a prefix ends with its last object. One that has objects is refused, as a folder on a disk is."""
+        if self.is_dir():  # universal_pathlib would delete all of them
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(self))
 
     def rename(self, *_: Any, **__: Any) -> NoReturn:
         """Refused: an object store copies and deletes, one object after the other."""
