@@ -32,7 +32,7 @@ class DataConfig(Record):
         require(not weights or any(weights.values()), "data.mixture: every weight is 0; give one above it")
 
     def mixture_weights(self) -> dict[str, float]:
-        """Folder → weight, in the order given.
+        """Folder, without a slash at its end → weight, in the order given.
 
         Raises:
             UsageError: naming the entry that is no FOLDER=WEIGHT.
@@ -40,6 +40,7 @@ class DataConfig(Record):
         weights: dict[str, float] = {}
         for entry in self.mixture:
             folder, equals, text = entry.rpartition("=")
+            folder = folder.rstrip("/")
             require(
                 bool(folder and equals) and (is_positive_number(text) or text in ("0", "0.0")),
                 f"data.mixture: {entry!r} is no FOLDER=WEIGHT with a weight of 0 or more, e.g. examples=0.7",

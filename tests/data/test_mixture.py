@@ -189,7 +189,8 @@ def test_sources_that_do_not_belong_together_are_refused(folders, tmp_path):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [(("examples",), "no FOLDER=WEIGHT"), (("a=x",), "no FOLDER=WEIGHT"), (("a=-1",), "no FOLDER=WEIGHT"),
-     (("a=inf",), "no FOLDER=WEIGHT"), (("a=1", "a=2"), "names a twice"), (("a=0", "b=0"), "every weight is 0")],
+     (("a=inf",), "no FOLDER=WEIGHT"), (("a=1", "a=2"), "names a twice"),
+     (("x/a=1", "x/a/=2", "b=1"), "names x/a twice"), (("a=0", "b=0"), "every weight is 0")],
 )  # fmt: skip
 def test_words_for_mixtures_that_are_none(entries, message):
     with pytest.raises(UsageError, match=message):
