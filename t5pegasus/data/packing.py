@@ -6,13 +6,14 @@ loses at most two percent of the positions, keeps memory bounded and needs no se
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from t5pegasus.config import DataConfig
 from t5pegasus.data.shard_files import hash_file
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.data.span_corruption import SpanCorruption
-from t5pegasus.errors import ArtifactError, UsageError, reading
+from t5pegasus.errors import ArtifactError, UsageError, reading, writing
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
 
 _OPEN_ROWS = 128
@@ -99,7 +100,9 @@ def load_packing(shards: ExampleShards, data: DataConfig) -> PackingTable:
         shards.verify()
         try:
             _write_table(folder, shards, data)
-        except PermissionError as error:
+        except OSError as error:
+            if not _is_read_only(error):
+                raise
             raise ArtifactError(
                 f"{folder} cannot be written ({error.strerror}): the packing table is kept beside the "
                 "examples; copy them to a folder you may write to"
@@ -166,8 +169,16 @@ def verify_changed(shards: ExampleShards, record_path: Path) -> None:
     changed = [shard for shard in shards.shards if known.get(shard.file) != states[shard.file]]
     if changed:
         shards.verify(changed)
-        with contextlib.suppress(PermissionError):  # then they are verified each time
+        try:
             write_json(record_path, states)
+        except OSError as error:
+            if not _is_read_only(error):  # then they are verified each time
+                raise
+
+
+def _is_read_only(error: OSError) -> bool:
+    """Whether a user may not write there, or nobody may."""
+    return isinstance(error, PermissionError) or error.errno == errno.EROFS
 
 
 def _state(path: Path) -> list[int]:
@@ -219,22 +230,30 @@ def _write_arrays(folder: Path, lengths: np.ndarray, data: DataConfig) -> int:
         rows = pack_examples(lengths, data.max_source_tokens, data.max_target_tokens)
     else:
         rows = ([index] for index in range(len(lengths)))
-    examples = np.lib.format.open_memmap(folder / "examples.npy", "w+", np.int64, (len(lengths),))
     ends_path = folder / "row_ends"
     done, num_rows = 0, 0
-    with ends_path.open("wb") as file:
+    # No memory maps: on a full disk writing to one kills the process.
+    with _array_file(folder / "examples.npy", len(lengths)) as examples, ends_path.open("wb") as ends:
         for block in _blocks(rows):
             flat = np.array([index for row in block for index in row], np.int64)
-            examples[done : done + len(flat)] = flat
-            np.add.accumulate([done] + [len(row) for row in block], dtype=np.int64)[1:].tofile(file)
+            examples.write(flat.tobytes())
+            ends.write(np.add.accumulate([done] + [len(row) for row in block], dtype=np.int64)[1:].tobytes())
             done += len(flat)
             num_rows += len(block)
-    examples.flush()
-    row_starts = np.lib.format.open_memmap(folder / "row_starts.npy", "w+", np.int64, (num_rows + 1,))
-    row_starts[1:] = np.memmap(ends_path, np.int64, "r")
-    row_starts.flush()
+    with _array_file(folder / "row_starts.npy", num_rows + 1) as row_starts, ends_path.open("rb") as ends:
+        row_starts.write(np.zeros(1, np.int64).tobytes())
+        shutil.copyfileobj(ends, row_starts)
     ends_path.unlink()
     return num_rows
+
+
+@contextlib.contextmanager
+def _array_file(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file of NumPy's format, for int64 [size] to be written into."""
+    with writing(path), path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int64)), "fortran_order": False, "shape": (size,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
 
 
 def _blocks(rows: Iterator[list[int]]) -> Iterator[list[list[int]]]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import threading
 import time
 from itertools import islice
@@ -12,6 +14,7 @@ import pytest
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
+from t5pegasus.data import packing
 from t5pegasus.data.loader import PackedRows, load_batches, load_epoch
 from t5pegasus.data.packing import load_packing, pack_examples
 from t5pegasus.data.records import Example, pack_record, token_dtype, unpack_record
@@ -242,6 +245,42 @@ def test_the_table_is_built_once_and_checked(examples, tmp_path):
         path.write_bytes(path.read_bytes()[:-8] + b"\1" * 8)
         with pytest.raises(ArtifactError, match="delete"):
             load_packing(shards, DATA)
+
+
+def test_a_full_disk_is_named_while_a_table_is_written(tmp_path):
+    for name in ("examples.npy", "row_starts.npy"):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left") as raised:
+            packing._write_arrays(folder, np.full((300_000, 2), 9), DATA)
+        assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(folder / name))
+
+
+def test_a_table_is_of_numpys_own_format(tmp_path):
+    num_rows = packing._write_arrays(tmp_path, np.full((10, 2), 20), DATA)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["examples.npy", "row_starts.npy"]
+    assert num_rows == 10
+    for name, wanted in (("examples", np.arange(10)), ("row_starts", np.arange(11))):
+        np.save(tmp_path / "wanted.npy", wanted)
+        assert (tmp_path / f"{name}.npy").read_bytes() == (tmp_path / "wanted.npy").read_bytes()
+
+
+@pytest.mark.parametrize("kind", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_cannot_be_written_to_is_verified_each_time_and_no_table_made_in_it(
+    examples, tmp_path, monkeypatch, kind
+):
+    folder = write_examples(tmp_path / "examples", examples)
+    PackedRows(folder, DATA, PAD, START).close()
+
+    def refuse(path, *_):
+        raise OSError(kind, os.strerror(kind), str(path))
+
+    monkeypatch.setattr(packing, "write_json", refuse)
+    (folder / shard_name(0, 3)).touch()
+    PackedRows(folder, DATA, PAD, START).close()
+    with pytest.raises(ArtifactError, match=r"cannot be written \(.*copy them to a folder you may write to"):
+        PackedRows(folder, dataclasses.replace(DATA, pack=False), PAD, START)
 
 
 def test_other_special_ids_than_the_models_are_refused(folder):
