@@ -90,10 +90,11 @@ def _follow(peer: Peer, limits: WatchConfig) -> Verdict | None:
 
 def _judge_own(own: Record, peers: Mapping[int, Peer], limits: WatchConfig) -> Verdict | None:
     beat = own["beat"]
-    limit = limits.limit(beat["activity"])
-    if not limit or beat["since"] < limit:
+    if not _is_over(own, limits):
         return None
-    stuck, flag = _find_stuck(own, peers), f"--watch.{_flag(beat['activity'])}"
+    stuck, limit, flag = _find_stuck(own, peers), limits.limit(beat["activity"]), f"--watch.{_flag(beat['activity'])}"
+    if not _is_over(stuck, limits):  # it may take longer for what it does, and says so itself if that is too long
+        return None
     if stuck is own:
         others = " like all others" if peers and beat["activity"] == "device" else ""
         message = f"{describe(own)} is stuck{others}: {_doing(own)}, longer than {flag} {limit}"
@@ -102,8 +103,13 @@ def _judge_own(own: Record, peers: Mapping[int, Peer], limits: WatchConfig) -> V
     return Verdict(ABORTED, "consequence", message, stuck["process"], has_stacks=True)
 
 
+def _is_over(record: Record, limits: WatchConfig) -> bool:
+    beat = record["beat"]
+    return 0 < limits.limit(beat["activity"]) <= beat["since"]
+
+
 _ORDER = (
-    "join", "start", "restore", "compile", "device", "evaluate", "sample", "save", "event", "data", "step", "end",
+    "join", "start", "restore", "compile", "device", "evaluate", "sample", "save", "event", "data", "step",
 )  # fmt: skip
 """Of activities at the same number of updates sent: how far a process has come."""
 
@@ -123,7 +129,7 @@ def _flag(activity: str) -> str:
     match activity:
         case "data" | "step" | "device":
             return "step-seconds"
-        case "restore" | "compile" | "end":
+        case "restore" | "compile":
             return "start-seconds"
         case "sample":
             return "evaluate-seconds"
@@ -143,7 +149,6 @@ _WORDS = {
     "sample": "writing samples",
     "save": "saving a checkpoint",
     "event": "changing the model",
-    "end": "ending the run",
 }
 
 

@@ -45,7 +45,7 @@ class WatchConfig:
                 return self.step_seconds
             case "device":
                 return self.step_seconds and self.step_seconds + 5
-            case "start" | "restore" | "compile" | "end":
+            case "start" | "restore" | "compile":
                 return self.start_seconds
             case "sample":
                 return self.evaluate_seconds

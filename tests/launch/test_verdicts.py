@@ -8,7 +8,7 @@ from launch.verdicts import Peer, find_stragglers, judge
 from launch.watch_config import WatchConfig
 from t5pegasus.errors import UsageError
 
-LIMITS = WatchConfig(step_seconds=60, evaluate_seconds=0, heartbeat_seconds=30, grace_seconds=100)
+LIMITS = WatchConfig(step_seconds=60, evaluate_seconds=0, save_seconds=65, heartbeat_seconds=30, grace_seconds=100)
 
 
 def record(process, activity="device", step=5, since=1.0, ended=None, pace=None):
@@ -74,12 +74,18 @@ def test_a_process_that_is_gone_or_silent_is_named():
         (("step", 5), ("data", 5), 1, "consequence"),
         (("device", 6), ("device", 6), 0, "stuck"),
         (("device", 6), ("device", 5), 1, "consequence"),
-        (("data", 6), ("evaluate", 6), 1, "consequence"),
+        (("device", 6), ("save", 5), 1, "consequence"),
     ],
 )
 def test_stuck_is_who_has_come_least_far(own, other, blamed, how):
     verdict = judge(record(0, *own, since=66.0), {1: peer(record(1, *other, since=66.0))}, LIMITS)
     assert (verdict.code, verdict.how, verdict.blamed, verdict.has_stacks) == (134, how, blamed, True)
+
+
+def test_who_is_still_within_its_own_limit_is_waited_for():
+    waiting = record(0, "device", 6, since=66.0)
+    for activity, since in (("sample", 900.0), ("evaluate", 900.0), ("save", 64.0), ("data", 59.0)):
+        assert judge(waiting, {1: peer(record(1, activity, 5, since=since))}, LIMITS) is None, activity
 
 
 def test_time_limits_are_per_activity_and_zero_is_none():
