@@ -160,8 +160,15 @@ def test_an_update_of_muon_is_of_the_size_of_adamws():
         assert 0.15 * RATE < float(jnp.sqrt(jnp.mean(moved**2))) < 0.25 * RATE
 
 
-@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2)])
-def test_on_a_mesh_muon_moves_whole_layers_between_devices_and_gathers_no_matrix(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "collectives"),
+    [
+        ((1, 4, 2), {"all-to-all"}),
+        ((2, 2, 2), {"all-to-all", "all-gather"}),  # which replicas along `data` have shared out among them
+        ((8, 1, 1), set()),  # as many zeros would be gathered as there are replicas more than layers
+    ],
+)
+def test_on_a_mesh_muon_moves_whole_layers_between_devices_and_gathers_no_matrix(sizes, collectives):
     specs = {
         "wi": ParamSpec(("layers", "embed", "mlp"), ("embed",), gain=False, shape=(3, 8, 12)),
         "out": ParamSpec(("layers", "heads", "vo", "embed"), ("heads", "vo"), gain=False, shape=(3, 4, 3, 8)),
@@ -187,8 +194,7 @@ def test_on_a_mesh_muon_moves_whole_layers_between_devices_and_gathers_no_matrix
         for name in specs:
             np.testing.assert_allclose(got[name], wanted[name], rtol=0, atol=1e-13)
     text = program.as_text()
-    assert "all-to-all" in text
-    assert ("all-gather" in text) == (sizes[0] > 1)  # what replicas along `data` have shared out among them
+    assert {kind for kind in ("all-to-all", "all-gather", "all-reduce") if kind in text} == collectives
 
 
 def test_weight_decay_is_a_share_of_the_weights_whatever_the_optimizer():

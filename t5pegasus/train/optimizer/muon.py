@@ -111,22 +111,30 @@ def _orthogonalise_apart(matrices: jax.Array) -> jax.Array:
 
     Over split rows and columns each iteration would gather the matrices. Layers are moved instead, once there and once
     back, one mesh axis after the other, since that is an exchange between devices, and more at once is a copy of all on
-    each. Zeros make up for layers that do not divide; they stay zeros.
+    each. Zeros make up for layers that do not divide; they stay zeros. Where they would be most of what replicas
+    exchange, each replica computes all layers itself.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return orthogonalise(matrices)
-    num_layers, splits_rows, splits_columns = len(matrices), RULES["embed"], RULES["mlp"]
+    num_layers, splits_rows, splits_columns = len(matrices), str(RULES["embed"]), str(RULES["mlp"])
     stations = [
         PartitionSpec(None, splits_rows, splits_columns),
         PartitionSpec(splits_rows, None, splits_columns),
         PartitionSpec((splits_rows, splits_columns), None, None),
-        PartitionSpec((splits_rows, splits_columns, "data"), None, None),
     ]
-    matrices = jnp.pad(matrices, ((0, -num_layers % mesh.size), (0, 0), (0, 0)))
+    num_parts = mesh.shape[splits_rows] * mesh.shape[splits_columns]
+    if _round_up(num_layers, mesh.size) <= 2 * _round_up(num_layers, num_parts):
+        stations.append(PartitionSpec((splits_rows, splits_columns, "data"), None, None))
+        num_parts = mesh.size
+    matrices = jnp.pad(matrices, ((0, -num_layers % num_parts), (0, 0), (0, 0)))
     for station in stations:
         matrices = jax.lax.with_sharding_constraint(matrices, station)
     matrices = orthogonalise(matrices)
     for station in reversed(stations):
         matrices = jax.lax.with_sharding_constraint(matrices, station)
     return matrices[:num_layers]
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
