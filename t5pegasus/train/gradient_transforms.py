@@ -27,7 +27,8 @@ def make_transform(config: OptimizerConfig, specs: Mapping[str, ParamSpec]) -> T
         UsageError: if a pattern fits nothing.
     """
     steps = [
-        (kind, value, select_entries(pattern, specs)) for pattern, kind, value in config.split_gradient_transforms()
+        (kind, value, select_entries(pattern, specs, "optimizer.gradient_transforms"))
+        for pattern, kind, value in config.split_gradient_transforms()
     ]
 
     def transform(gradients: Gradients, parameters: Gradients, multipliers: Multipliers) -> dict[str, jax.Array]:

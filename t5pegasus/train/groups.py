@@ -37,10 +37,10 @@ def learning_rate_factors(config: OptimizerConfig, specs: Specs) -> dict[str, np
             factors[name] = factors[name] * (config.muon_adamw_rate if orthogonalised_axes(spec) is None else 1.0)
     for each in config.rate_factors:
         pattern, _, factor = each.rpartition("=")
-        for name, chosen in select_entries(pattern, specs).items():
+        for name, chosen in select_entries(pattern, specs, "optimizer.rate_factors").items():
             factors[name] = factors[name] * np.where(chosen, float(factor), 1.0)
     for pattern in config.freeze:
-        for name, chosen in select_entries(pattern, specs).items():
+        for name, chosen in select_entries(pattern, specs, "optimizer.freeze").items():
             factors[name] = np.where(chosen, 0.0, factors[name])
     if not any(factor.any() for factor in factors.values()):
         raise UsageError(
@@ -49,17 +49,22 @@ def learning_rate_factors(config: OptimizerConfig, specs: Specs) -> dict[str, np
     return {name: factor.astype(np.float32) for name, factor in factors.items() if (factor != 1).any()}
 
 
-def select_entries(pattern: str, specs: Specs) -> dict[str, np.ndarray]:
+def select_entries(pattern: str, specs: Specs, field: str) -> dict[str, np.ndarray]:
     """The parameters that a pattern means, each with a boolean array that broadcasts to it.
 
     A pattern is a shell pattern of parameter names (`encoder.*`, `*.relative_bias`) or of axis names, which means all
     parameters that have the axis (`encoder.layers`, `vocab`); `encoder.layers[:6]` means entries of an axis, here the
     six lowest layers, with Python's slices.
 
+    Args:
+        pattern: the pattern.
+        specs: declarations.
+        field: of the config that the pattern is from, for the message.
+
     Raises:
         UsageError: if it fits neither, naming the nearest names.
     """
-    found = re.fullmatch(r"(.*?)(?:\[(-?\d*):(-?\d*)\])?", pattern)
+    found = re.fullmatch(r"(.*?)(?:\[(-?\d+|):(-?\d+|)\])?", pattern)
     glob, *bounds = found.groups() if found else (pattern,)
     part = None if not found or bounds[0] is None else slice(*(int(bound) if bound else None for bound in bounds))
     selected = {}
@@ -79,9 +84,8 @@ def select_entries(pattern: str, specs: Specs) -> dict[str, np.ndarray]:
         known = axes if part else [*specs, *axes]
         near = difflib.get_close_matches(glob, known, n=3)
         way_out = f"perhaps you meant {', '.join(near)}" if near else f"axes are {', '.join(axes)}"
-        raise UsageError(
-            f"pattern {pattern!r} fits no {'entries of an axis' if part else 'parameter and no axis'}; {way_out}"
-        )
+        what = "entries of an axis" if part else "parameter and no axis"
+        raise UsageError(f"{field}: pattern {pattern!r} fits no {what}; {way_out}")
     return selected
 
 

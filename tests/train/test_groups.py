@@ -32,26 +32,30 @@ def specs():
     ],
 )
 def test_a_pattern_means_parameters_by_name_or_axis(specs, pattern, belongs):
-    selected = select_entries(pattern, specs)
+    selected = select_entries(pattern, specs, "field")
     assert set(selected) == {name for name, spec in specs.items() if belongs(name, spec)}
     assert all(chosen.all() for chosen in selected.values())
 
 
 def test_a_range_means_entries_along_an_axis(specs):
-    selected = select_entries("encoder.layers[:-1]", specs)
-    assert set(selected) == set(select_entries("encoder.layers", specs))
+    selected = select_entries("encoder.layers[:-1]", specs, "field")
+    assert set(selected) == set(select_entries("encoder.layers", specs, "field"))
     for name, chosen in selected.items():
         np.testing.assert_array_equal(chosen.ravel(), [True, True, False])
         assert np.broadcast_to(chosen, specs[name].shape)[:2].all()
-    assert select_entries("vocab[5:7]", specs)["lm_head"].shape == (1, 128)
+    assert select_entries("vocab[5:7]", specs, "field")["lm_head"].shape == (1, 128)
 
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("encoder.layer", "'encoder.layer' fits no parameter and no axis; perhaps you meant encoder.layers"),
+        (
+            "encoder.layer",
+            "optimizer.freeze: pattern 'encoder.layer' fits no parameter and no axis; perhaps you meant encoder.layers",
+        ),
         ("vocabulary", "perhaps you meant vocab"),
         ("lm_head[:5]", "fits no entries of an axis"),
+        ("encoder.layers[-:]", "fits no parameter and no axis"),
         ("encoder.layers[3:]", "fits no entries of an axis; perhaps you meant encoder.layers"),
     ],
 )
