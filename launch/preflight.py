@@ -61,7 +61,7 @@ def _compare(each: list[dict[str, Any]]) -> str:
             if facts.get(fact) != first.get(fact):
                 return (
                     f"process {process} has {fact} {facts.get(fact)}, process 0 has {first.get(fact)}: all processes "
-                    "of a job need the same versions, command and devices"
+                    "of a job need the same versions, command, examples and devices"
                 )
     return ""
 

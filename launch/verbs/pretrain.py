@@ -15,6 +15,7 @@ from launch.validation import make_sampler
 from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.json_files import read_json
 from t5pegasus.presets import PRESETS, preset
 from t5pegasus.storage import open_path
 
@@ -145,7 +146,21 @@ def attempt_facts(config: RunConfig, paths: "RunPaths") -> dict[str, str]:
     check_run_path(paths.run_path)
     groups = config.to_json().items()
     facts = {f"{group}.{field}": json.dumps(value) for group, fields in groups for field, value in fields.items()}
-    return facts | {name: str(path) for name, path in paths.to_json().items()}
+    return facts | {name: str(path) for name, path in paths.to_json().items()} | _fingerprints(config.data, paths)
+
+
+def _fingerprints(data: DataConfig, paths: "RunPaths") -> dict[str, str]:
+    """What is in each folder of examples: processes on several machines may each have their own under one name."""
+    from t5pegasus.data.shard_files import MANIFEST
+    from t5pegasus.train.data_sources import HELDOUT_FOLDER
+
+    folders = [open_path(folder) for folder in data.mixture_weights()] or [paths.examples_path]
+    heldout = [paths.heldout_path] if paths.heldout_path else [folder / HELDOUT_FOLDER for folder in folders]
+    manifests = {folder: folder / MANIFEST for folder in (*folders, *heldout)}
+    return {
+        f"in {folder} the examples": str(read_json(path).get("fingerprint")) if path.is_file() else "none"
+        for folder, path in manifests.items()
+    }
 
 
 def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:

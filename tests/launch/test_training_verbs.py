@@ -1,9 +1,15 @@
 """Flags of pretrain and finetune: nothing that is given is ignored, and help shows what will be used."""
 
+import shutil
+
 import pytest
 
+from launch.preflight import _compare
 from launch.verbs import finetune, pretrain
+from t5pegasus.config import DataConfig, RunConfig
 from t5pegasus.errors import UsageError
+from t5pegasus.train.run_folder import RunPaths
+from tests.data.example_folders import random_examples, write_examples
 
 
 @pytest.mark.parametrize(
@@ -45,3 +51,20 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
 def test_commands_that_cannot_work_say_what_can(main, argv, message):
     with pytest.raises(UsageError, match=message):
         main(argv)
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_processes_with_other_examples_under_the_same_name_are_told_apart(tmp_path, mixture):
+    folder = write_examples(tmp_path / "examples", random_examples(20, seed=0))
+    write_examples(folder / "heldout", random_examples(20, seed=1))
+    data = DataConfig(mixture=(f"{folder}=1",)) if mixture else DataConfig()
+    config, paths = RunConfig(data=data), RunPaths(tmp_path / "run", folder)
+    first = pretrain.attempt_facts(config, paths)
+    shutil.rmtree(folder / "heldout")
+    without = pretrain.attempt_facts(config, paths)
+    shutil.rmtree(folder)
+    write_examples(folder, random_examples(20, seed=2))
+    other = pretrain.attempt_facts(config, paths)
+    assert f"process 1 has in {folder / 'heldout'} the examples none, process 0 has " in _compare([first, without])
+    assert f"process 1 has in {folder} the examples " in _compare([without, other])
+    assert _compare([other, pretrain.attempt_facts(config, paths)]) == ""
