@@ -9,13 +9,17 @@ KIND   kill     SIGKILL to itself                     term, term-twice   SIGTERM
        hold     the same, holding Python's lock       slow               half a second
        full     from here on the disk under RUN/checkpoints is full
        small    from here on no file may grow beyond 20 kB
+       lag      from here on each change under RUN/checkpoints takes 0.05 s
+       nan      the loss of the batch with this row is no number
        flags    another learning rate than the other processes
+       apart    another working folder than the other processes
 PLACE  restore, compile, data:5, step:5, device:5, evaluate:5, save:5, event:5
                            as the run enters this activity for the first time, or at this step
        save+0.2:5          the same, and 0.2 s later, in a thread
        step:*              each time
        import, after+3     while Python starts, or so many seconds later
        write:7             at the 7th change in RUN/checkpoints: files opened to write, folders made, names changed
+       row:100             the row of the stream that nan is about
 PROCESS  its number; all of them where none is given
 
 LEDGER=folder keeps a record of what the run trained on: a line per update and process, with the numbers of the rows on
@@ -29,6 +33,7 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
@@ -68,8 +73,12 @@ def injure(kind: str) -> None:  # noqa: PLR0912 - a case per kind
             time.sleep(0.5)
         case "full":
             hear_writes(refuse)
+        case "lag":
+            hear_writes(lambda _: time.sleep(0.05))
         case "flags":
             sys.argv += ["--optimizer.learning-rate", "0.5"]
+        case "apart":
+            os.chdir(tempfile.mkdtemp())
         case "small":
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
         case _:
@@ -92,6 +101,8 @@ def arm(kind: str, place: re.Match[str]) -> None:
             strike()
         case "write":
             count_writes(int(step), strike)
+        case "row":
+            spoil(int(step))
         case _:
             watch_activities(name, step, strike)
 
@@ -121,6 +132,22 @@ def count_writes(number: int, strike: Callable[[], None]) -> None:
             strike()
 
     hear_writes(hear)
+
+
+def spoil(row: int) -> None:
+    """Let the loss of each batch with this row be no number, where the row's process gives it to its devices."""
+    import numpy as np
+
+    from t5pegasus.train import run
+
+    place = run.place_batch
+
+    def spoilt(batch: Any, *args: Any) -> Any:
+        if row in np.asarray(batch.row_ids):
+            batch = batch._replace(decoder_loss_weights=batch.decoder_loss_weights * np.float32("nan"))
+        return place(batch, *args)
+
+    run.place_batch = spoilt
 
 
 def refuse(path: str) -> None:

@@ -6,10 +6,10 @@ import os
 import platform
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from launch import exit_codes, processes
 from launch.attempts import RecordFile, attempts_path, list_attempts, newest_checkpoint, read_attempt, record_path
 from launch.liveness import State, identity, state_of
-from launch.preflight import agree, place, tell
+from launch.preflight import agree, agree_on_attempt, place
 from launch.process_group import find_process_group
 from launch.termination import hear_signals
 from launch.verdicts import Verdict
@@ -35,6 +35,7 @@ _LINGER_SECONDS = 10.0
 _CULPRIT_SECONDS = 3.0
 """For another process's end to show, where it may be the reason of a failure."""
 _INTERRUPT_SECONDS = 10.0
+_WEEK = 7 * 24 * 3600
 
 
 class Attempt:
@@ -73,7 +74,7 @@ class Attempt:
         group = find_process_group(os.environ)
         if group is not None:
             self._watch(attempts_path(run_path) / "joining", None, group.process_id, group.num_processes)
-        processes.init_distributed(limits.join_seconds)
+        processes.init_distributed(limits.join_seconds or _WEEK)
         if group is not None:
             self._unwatch()
             record_path(attempts_path(run_path) / "joining", group.process_id).unlink(missing_ok=True)
@@ -94,7 +95,7 @@ class Attempt:
             self._refuse_company()
             number = max(list_attempts(self.run_path), default=0) + 1
         if num_processes > 1:
-            number = int(tell("attempt", None if number is None else str(number), self.limits.join_seconds))
+            number = agree_on_attempt(self.run_path, number, self.limits.join_seconds)
             agree("versions and config", _versions() | facts, self.limits.join_seconds)
             import jax
 
@@ -195,7 +196,7 @@ class Attempt:
         """End this process now, from whichever thread."""
         with self._lock:
             self._end(verdict.code, verdict.how, verdict.message, blamed=verdict.blamed)
-            print(f"t5pegasus {self.command[0]}: {verdict.message}", file=sys.stderr, flush=True)
+            processes.say(f"t5pegasus {self.command[0]}: {verdict.message}")
             if verdict.how != "consequence":
                 self._linger()
             processes.leave_at_once(verdict.code)
@@ -218,21 +219,25 @@ class Attempt:
         if self._times_asked > 1:
             self._leave(Verdict(128 + number, "killed", f"ended by a second signal; {self._unsaved()}", own))
         if number == signal.SIGINT:
-            self._later(_INTERRUPT_SECONDS, Verdict(exit_codes.INTERRUPTED, "interrupted", "interrupted", own))
+            self._later(_INTERRUPT_SECONDS, lambda: Verdict(exit_codes.INTERRUPTED, "interrupted", "interrupted", own))
             return
         if self.control.first_step is None:
             message = "terminated before the first new step, the last checkpoint is intact; the same command goes on"
             self._leave(Verdict(exit_codes.PREEMPTED, "preempted", message, own))
         self.control.request(Request.STOP)
         grace = self.limits.grace_seconds
-        within = f", within {grace} s (--watch.grace-seconds)" if grace else ""
-        print(f"t5pegasus {self.command[0]}: asked to stop: will save{within}", file=sys.stderr, flush=True)
         if grace:
-            message = f"did not stop within {grace} s (--watch.grace-seconds); {self._unsaved()}"
-            self._later(grace, Verdict(exit_codes.TERMINATED, "killed", message, own, has_stacks=True))
+            self._later(grace, lambda: self._too_late(own))
+        within = f", within {grace} s (--watch.grace-seconds)" if grace else ""
+        processes.say(f"t5pegasus {self.command[0]}: asked to stop: will save{within}")
 
-    def _later(self, seconds: float, verdict: Verdict) -> None:
+    def _too_late(self, own: int) -> Verdict:
+        message = f"did not stop within {self.limits.grace_seconds} s (--watch.grace-seconds); {self._unsaved()}"
+        return Verdict(exit_codes.TERMINATED, "killed", message, own, has_stacks=True)
+
+    def _later(self, seconds: float, find_verdict: Callable[[], Verdict]) -> None:
         def act() -> None:
+            verdict = find_verdict()
             if verdict.has_stacks and self.watchdog is not None:
                 self.watchdog.dump_stacks()
             self._leave(verdict)
@@ -243,9 +248,12 @@ class Attempt:
         timer.start()
 
     def _unsaved(self) -> str:
-        saved = newest_checkpoint(self.run_path) if self.run_path else None
         step = self.control.activity.step
-        behind = "nothing is saved yet" if saved is None else f"the last checkpoint is that of step {saved}"
+        try:
+            saved = newest_checkpoint(self.run_path) if self.run_path else None
+            behind = "nothing is saved yet" if saved is None else f"the last checkpoint is that of step {saved}"
+        except OSError as error:  # what ends the process now may well be this store
+            behind = f"which checkpoint is the last one cannot be read: {error}"
         return f"{behind}, {step} updates were on their way; the same command goes on"
 
     def _refuse_company(self) -> None:

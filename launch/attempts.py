@@ -31,6 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from t5pegasus.errors import writing
 from t5pegasus.json_files import SCHEMA
 from t5pegasus.storage import is_remote, write_bytes
 
@@ -94,10 +95,9 @@ class RecordFile:
     def __init__(self, path: Path):
         self.path = path
         self._closed = False
-        self._file: int | None = None
         if not is_remote(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+            path.touch()
 
     def write(self, record: Record) -> None:
         """Replace the record.
@@ -108,17 +108,17 @@ class RecordFile:
         if self._closed:
             return
         content = _encode(record)
-        if self._file is None:
+        if is_remote(self.path):
             write_bytes(self.path, content)
-        elif os.pwrite(self._file, content, 0) < len(content):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            return
+        # Closed each time: on a network file system other machines see what was written from then on.
+        with writing(self.path), self.path.open("r+b", buffering=0) as file:
+            if file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         """Let go of the file; what is written later is not."""
         self._closed = True
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
 
 
 def _encode(record: Record) -> bytes:

@@ -177,7 +177,10 @@ def _report(error: BaseException, speaker: str) -> int:
         case _:
             message = "".join(traceback.format_exception(error)).rstrip()
     if message:
-        print(message, file=sys.stderr)
+        try:
+            print(message, file=sys.stderr)
+        except OSError:  # nobody can be told; what stays in the buffer must not change the exit code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
     return exit_code(error)
 
 

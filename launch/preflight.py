@@ -2,10 +2,14 @@
 
 import functools
 import json
+import secrets
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from launch.attempts import attempts_path
 from t5pegasus.errors import UsageError
+from t5pegasus.storage import write_bytes
 
 
 def place() -> tuple[int, int]:
@@ -28,13 +32,17 @@ def tell(name: str, value: str | None, seconds: float) -> str:
     return _wait(client, key, seconds, 0)
 
 
-def agree(name: str, facts: Mapping[str, Any], seconds: float) -> None:
+SAME_COMMAND = "all processes of a job need the same versions, command, examples and devices"
+
+
+def agree(name: str, facts: Mapping[str, Any], seconds: float, way_out: str = SAME_COMMAND) -> None:
     """Compare facts between all processes.
 
     Args:
         name: of this comparison: each is made once in a job.
         facts: what must be the same everywhere; texts and numbers.
         seconds: how long to wait for each process; 0 for an hour.
+        way_out: the end of the message.
 
     Raises:
         UsageError: naming the first process that differs and its fact, the same in all processes; or a process that
@@ -47,22 +55,41 @@ def agree(name: str, facts: Mapping[str, Any], seconds: float) -> None:
         verdict = told(None)
     else:
         verdict = _compare(
-            [json.loads(_wait(client, f"t5pegasus/{name}/{i}", seconds, i)) for i in range(num_processes)]
+            [json.loads(_wait(client, f"t5pegasus/{name}/{i}", seconds, i)) for i in range(num_processes)], way_out
         )
         told(verdict or "the same")
     if verdict and verdict != "the same":
         raise UsageError(verdict)
 
 
-def _compare(each: list[dict[str, Any]]) -> str:
+def agree_on_attempt(run_path: Path, number: int | None, seconds: float) -> int:
+    """The number of the attempt, which process 0 gives, where all processes see the same run folder.
+
+    Raises:
+        UsageError: where they do not: each would wait for the others' parts of the first checkpoint in vain.
+    """
+    folder, mark = attempts_path(run_path) / "joining", None
+    if number is not None:
+        mark = folder / f"attempt-{number}-{secrets.token_hex(4)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(mark, b"\n")
+    told = tell("attempt", mark and mark.name, seconds)
+    seen = "" if (folder / told).is_file() else ", where what process 0 wrote is not to be seen"
+    way_out = "the run folder must lie on storage that all of them share, or in a bucket"
+    try:
+        agree("run path", {"run path": f"{run_path}{seen}"}, seconds, way_out)
+    finally:
+        if mark is not None:
+            mark.unlink()
+    return int(told.split("-")[1])
+
+
+def _compare(each: list[dict[str, Any]], way_out: str = SAME_COMMAND) -> str:
     first = each[0]
     for process, facts in enumerate(each):
         for fact in {**first, **facts}:
             if facts.get(fact) != first.get(fact):
-                return (
-                    f"process {process} has {fact} {facts.get(fact)}, process 0 has {first.get(fact)}: all processes "
-                    "of a job need the same versions, command, examples and devices"
-                )
+                return f"process {process} has {fact} {facts.get(fact)}, process 0 has {first.get(fact)}: {way_out}"
     return ""
 
 

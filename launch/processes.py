@@ -1,5 +1,6 @@
 """Making a process ready for JAX: compiled programs kept between runs, the other processes of its job."""
 
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -7,6 +8,7 @@ import platform
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,6 +25,7 @@ before_leaving: list[Callable[[], None]] = []
 _JOIN_SECONDS = 300
 _HEARTBEAT_SECONDS = 100
 """From which JAX takes a process for lost. Runs that train notice earlier (`launch.watchdog`), and say more."""
+_SAYING_SECONDS = 2.0
 _SHUTDOWN_SECONDS = 60
 """Process 0 waits so long for the others at the end of a job that has succeeded."""
 
@@ -32,11 +35,27 @@ def is_one_of_several() -> bool:
     return _is_one_of_several
 
 
+def say(text: str = "") -> None:
+    """Write a line to stderr, and flush all output; for two seconds at most.
+
+    Whoever reads it may have stopped reading, or its disk may be full: that must not keep a process from ending.
+    """
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(_SAYING_SECONDS)
+
+
 def leave_at_once(code: int) -> NoReturn:
     """End this process without the clean-up in which JAX would wait for others that are waiting for this one."""
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        say()
         for act in before_leaving:
             act()
     finally:

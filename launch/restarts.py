@@ -1,14 +1,14 @@
 """Whether a job that has ended is started again: budgets by kind of end, and a verdict on one that gets nowhere."""
 
 import dataclasses
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from launch.attempts import newest_checkpoint
 from launch.backends.local import JobEnding
-from launch.exit_codes import BUG, DISK, DONE, INTERRUPTED, PREEMPTED
+from launch.exit_codes import BUG, DISK, DONE, INTERRUPTED, PREEMPTED, Terminated
+from launch.processes import say
 from t5pegasus.errors import UsageError
 
 _LONGEST_PAUSE = 600.0
@@ -71,10 +71,14 @@ def run_again(run: Callable[[], JobEnding], restarts: Restarts, run_path: Path |
         if kind != "preemption":
             pause = restarts.pause_seconds if gets_on else min(2 * pause, _LONGEST_PAUSE)
             _say(f"exit code {code}; again in {pause:.0f} s ({spent[kind]} of {budgets[kind]} after {kind})")
-            time.sleep(pause)
+            try:
+                time.sleep(pause)
+            except Terminated:  # nothing runs, and what was saved is saved
+                _say("told to stop; the same command goes on")
+                return PREEMPTED
         else:
             _say(f"exit code {code}; again ({spent[kind]} of {restarts.preemption} after {kind})")
 
 
 def _say(message: str) -> None:
-    print(f"t5pegasus launch: {message}", file=sys.stderr, flush=True)
+    say(f"t5pegasus launch: {message}")

@@ -5,11 +5,12 @@ for ever, is ended from here.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
 import io
 import logging
+import math
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from typing import Any
 from launch.attempts import Record, read_record, record_path
 from launch.exit_codes import ABORTED, exit_code
 from launch.liveness import State, state_of
+from launch.processes import say
 from launch.verdicts import Peer, Verdict, find_stragglers, judge, judge_peers
 from launch.watch_config import WatchConfig
 from t5pegasus.storage import is_remote, write_bytes
@@ -30,6 +32,8 @@ logger = logging.getLogger("t5pegasus.watchdog")
 
 _ALL_READ_ALL = 32
 """Processes up to which each reads the records of all; of more, process 0 does, and the others read its."""
+_MISSED_BEATS = 3
+"""So many at least before a process is taken for lost."""
 _UNWINDING_SECONDS = 3.0
 """From a failure to the end of the process; behind it, what still runs is left."""
 _PACE_SECONDS = 20.0
@@ -63,16 +67,22 @@ class Watchdog(threading.Thread):
         """
         super().__init__(name="watchdog", daemon=True)
         self.folder, self.process, self.num_processes = folder, process, num_processes
-        self.control, self.limits, self._write, self._leave = control, limits, write, leave
+        self.control, self._write, self._leave = control, write, leave
         self.interval = 1.0 * max(1, num_processes / _ALL_READ_ALL)
         if is_remote(folder):
             self.interval = max(self.interval, 30.0 if num_processes == 1 else 10.0)
+        self.limits = limits
+        if limits.heartbeat_seconds:  # no sign of life can be missed before there should have been some
+            seconds = max(limits.heartbeat_seconds, math.ceil(_MISSED_BEATS * self.interval))
+            self.limits = dataclasses.replace(limits, heartbeat_seconds=seconds)
         self.activity: str | None = None
         """What is done outside of the run, instead of what the run does."""
         self._began = time.monotonic()
         self._stopped = threading.Event()
         self._count = 0
         self._seen: dict[int, tuple[Any, float, float]] = {}
+        """Of each process: what tells its records apart, how long it has been silent, when its end was seen."""
+        self._looked: float | None = None
         self._living: set[str] = set()
         """Processes that lived while this one watched."""
         self._paces: deque[tuple[float, int, float]] = deque()
@@ -131,9 +141,11 @@ class Watchdog(threading.Thread):
 
     def read_peers(self) -> dict[int, Peer]:
         """The other processes; one that has not come yet is not among them."""
-        all_of_them = self.process == 0 or self.num_processes <= _ALL_READ_ALL
-        peers = {}
-        for process in range(self.num_processes) if all_of_them else (0,):
+        # While this process did not look, or what all of them write to did not answer, nobody was silent.
+        began = time.monotonic()
+        passed = 0.0 if self._looked is None else min(began - self._looked, 2 * self.interval)
+        self._looked, peers = began, {}
+        for process in range(self.num_processes) if self._reads_all else (0,):
             if process == self.process:
                 continue
             record, now = read_record(record_path(self.folder, process)), time.monotonic()
@@ -141,20 +153,23 @@ class Watchdog(threading.Thread):
                 continue
             sign = (record["identity"], record["beat"]["count"], bool(record["ended"]))
             before = self._seen.get(process)
-            changed = now if before is None or before[0] != sign else before[1]
+            silent = 0.0 if before is None or before[0] != sign else before[1] + passed
             ended = 0.0 if not record["ended"] else before[2] if before and before[2] else now
-            self._seen[process] = (sign, changed, ended)
+            self._seen[process] = (sign, silent, ended)
             state = state_of(record["identity"])
             beats = before is not None and before[0] != sign and before[0][0] == sign[0]
             if not record["ended"] and (beats or state is State.ALIVE):
                 self._living.add(record["identity"])
-            peers[process] = Peer(record, now - changed, ended and now - ended, state)
+            peers[process] = Peer(record, silent, ended and now - ended, state)
         return peers
 
     def find_culprit(self, seconds: float) -> Verdict | None:
-        """The end of another process that explains a failure of this one; waits so long for it to show."""
+        """The end of another process that explains a failure of this one; waits so long for it to show.
+
+        Whoever reads process 0 alone waits for it to have waited.
+        """
         before = {process: peer.record["beat"]["count"] for process, peer in self.read_peers().items()}
-        until = time.monotonic() + max(seconds, 2.5 * self.interval)
+        until = time.monotonic() + max(seconds, 2.5 * self.interval) * (1 if self._reads_all else 3)
         while True:
             peers = self.read_peers()
             verdict = judge_peers(peers, self.limits)
@@ -164,11 +179,15 @@ class Watchdog(threading.Thread):
                 break
             time.sleep(0.1)
         silent = {
-            process: peer._replace(silent_seconds=float("inf"))
+            process: peer
             for process, peer in peers.items()
             if not peer.record["ended"] and peer.record["beat"]["count"] == before.get(process)
         }
-        return judge_peers(silent, self.limits)
+        return judge_peers(silent, dataclasses.replace(self.limits, heartbeat_seconds=1))
+
+    @property
+    def _reads_all(self) -> bool:
+        return self.process == 0 or self.num_processes <= _ALL_READ_ALL
 
     def wait_for_peers(self, seconds: float) -> None:
         """Until all others have ended, at most so long."""
@@ -182,11 +201,14 @@ class Watchdog(threading.Thread):
 
     def dump_stacks(self) -> None:
         """Show what all threads are doing, on stderr and beside the record."""
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-            file.seek(0)
-            text = file.read()
-        print(f"what the threads of process {self.process} are doing:\n{text}", file=sys.stderr, flush=True)
+        try:
+            with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+                file.seek(0)
+                text = file.read()
+        except OSError as error:  # a full disk must not keep the process from ending
+            text = f"it cannot be shown: {error}"
+        say(f"what the threads of process {self.process} are doing:\n{text}")
         try:
             write_bytes(self.folder / f"process-{self.process}.stacks.txt", text.encode())
         except OSError as error:
@@ -218,6 +240,8 @@ class Watchdog(threading.Thread):
         if self.control.first_step is None or step < self.control.first_step + 2:  # the first ones are always slow
             return None
         own = seconds.get("data", 0.0) + seconds.get("step", 0.0)
+        if self._paces and step < self._paces[-1][1]:  # it went back
+            self._paces.clear()
         self._paces.append((now, step, own))
         while len(self._paces) > 1 and _is_long(self._paces[1], now, step):
             self._paces.popleft()

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple
 
 from launch.attempts import Record, find_cause, list_attempts, read_attempt
 from launch.exit_codes import ABORTED, PREEMPTED, TERMINATED
+from launch.processes import say
 from t5pegasus.errors import UsageError
 
 _PEERS_SECONDS = 5.0
@@ -181,7 +182,7 @@ def _blame(endings: Sequence[Ending], num_processes: int, records: Mapping[int, 
         first = Ending(cause[0], killed[0] if killed and cause[1]["how"] == "consequence" else cause[1]["code"])
         why = f": {cause[1]['message']}" if cause[1]["message"] else ""
     if num_processes > 1:
-        print(f"process {first.process_id} of {num_processes} ended with exit code {first.code}{why}", file=sys.stderr)
+        say(f"process {first.process_id} of {num_processes} ended with exit code {first.code}{why}")
     return first.code
 
 
@@ -196,7 +197,7 @@ def _copy_lines(source: IO[bytes], sink: IO[bytes], mark: bytes, whole_lines: th
     with source:
         for line in source:
             ending = b"" if line.endswith(b"\n") or not mark else b"\n"
-            with whole_lines, contextlib.suppress(BrokenPipeError):  # our reader left; the processes must not block
+            with whole_lines, contextlib.suppress(OSError):  # our reader left, or its disk is full: none must block
                 sink.write(mark + line + ending)
                 sink.flush()
 

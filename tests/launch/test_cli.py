@@ -164,6 +164,11 @@ def test_a_full_disk_under_stdout_is_reported():
     assert ended.stderr.startswith(b"t5pegasus: No space left on device")
 
 
+def test_a_full_disk_under_stderr_does_not_change_the_exit_code():
+    with Path("/dev/full").open("wb") as full:
+        assert run_command("pretrian", stderr=full).returncode == 2
+
+
 @pytest.mark.parametrize("name", ["tokenizer", "build", "pseudo-summary", "report", "launch"])
 def test_a_verb_that_needs_no_jax_does_not_import_it(name):
     script = (

@@ -98,6 +98,14 @@ def test_lines_stay_whole_and_marked(capfdbinary):
     assert sorted(set(lines)) == ["[p0] 一行", "[p0] 没有换行", "[p1] 1", "[p1] 一行", "[p1] 没有换行"]
 
 
+def test_where_nobody_takes_their_words_the_processes_go_on():
+    talks = [sys.executable, "-c", "import sys; sys.stderr.write(('x' * 99 + chr(10)) * 5000); sys.exit(44)"]
+    launch = f"import sys; from launch.backends.local import run_locally; sys.exit(run_locally({talks!r}, 2).code)"
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run([sys.executable, "-c", launch], stderr=full, check=False, timeout=120)
+    assert ended.returncode == 44
+
+
 @pytest.mark.parametrize(
     ("endings", "code"),
     [

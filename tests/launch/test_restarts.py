@@ -1,6 +1,7 @@
 import pytest
 
 from launch.backends.local import JobEnding
+from launch.exit_codes import Terminated
 from launch.restarts import Restarts, run_again
 from t5pegasus.errors import UsageError
 
@@ -57,6 +58,15 @@ def test_a_preemption_between_them_is_no_failure(tmp_path):
 
 def test_a_job_that_was_told_to_stop_is_not_started_again(tmp_path):
     assert run_again(lambda: JobEnding(42, asked=True), QUICK, tmp_path) == 42
+
+
+def test_told_to_stop_between_two_attempts_it_may_be_started_again(tmp_path, monkeypatch):
+    def stop(seconds):
+        raise Terminated
+
+    monkeypatch.setattr("launch.restarts.time.sleep", stop)
+    run, ran = job(tmp_path, (137, 1), 0)
+    assert (run_again(run, Restarts(), tmp_path), len(ran)) == (42, 1)
 
 
 def test_negative_budgets_are_refused():

@@ -1,9 +1,13 @@
 """Laws of fire: what ends a process ends its whole job, and the same command goes on to the bits of a clean run."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 from fault_runs import STEPS, Job, Result, assert_nothing_runs, assert_same_bits
 
 from launch.attempts import list_attempts, newest_checkpoint
+from t5pegasus.checkpoint import verify_checkpoint
 from t5pegasus.train.metrics import read_metrics
 
 
@@ -121,6 +125,14 @@ def test_a_stuck_process_is_named_with_its_stack(job, clean, capfd):
 
 
 @pytest.mark.slow
+def test_a_finished_run_whose_last_checkpoint_is_damaged_makes_it_again(job, clean):
+    assert job.run() == 0
+    damaged = job.flip_a_bit()
+    finish(job, clean)
+    verify_checkpoint(damaged)
+
+
+@pytest.mark.slow
 def test_a_slow_process_is_named_and_goes_on(job, capfd):
     assert job.run("slow@data:*@1", "--train.steps", "80") == 0
     assert "process 1 (on" in capfd.readouterr().err
@@ -138,6 +150,20 @@ def test_a_full_disk_ends_all_with_its_exit_code(job, clean, capfd):
 
 
 @pytest.mark.slow
+def test_a_rollback_goes_to_the_checkpoint_that_is_still_being_written(examples_path, tmp_path):
+    flags = {"train.on-divergence": "rollback", "train.steps": 12}
+    jobs = [Job(tmp_path / name, examples_path, **flags) for name in ("fast", "slow")]
+    assert jobs[0].run("nan@row:100") == 0
+    assert jobs[1].run("nan@row:100;lag@save:8") == 0
+    arrays = [job.result().arrays for job in jobs]
+    for job in jobs:
+        found = [line for line in read_metrics(job.run_path / "metrics.jsonl") if line["kind"] == "divergence"]
+        assert [(line["at_step"], line["step"], line["skipped_rows"]) for line in found] == [(9, 8, [96, 108])]
+    for name, array in arrays[0].items():
+        np.testing.assert_array_equal(arrays[1][name], array, err_msg=name)
+
+
+@pytest.mark.slow
 def test_one_or_two_of_four_are_killed(examples_path, tmp_path):
     jobs = [Job(tmp_path / name, examples_path) for name in ("clean", "killed")]
     assert jobs[0].run(processes=4) == 0
@@ -152,6 +178,16 @@ def test_one_or_two_of_four_are_killed(examples_path, tmp_path):
 def test_processes_that_differ_are_refused_with_the_difference(job, capfd):
     assert job.run("flags@import@1") == 2
     assert "process 1 has optimizer.learning_rate 0.5, process 0 has 0.002" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_share_the_run_folder_are_refused(examples_path, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    job = Job(Path(), examples_path)
+    assert job.run("apart@import@1") == 2
+    said = "process 1 has run path run, where what process 0 wrote is not to be seen, process 0 has run: the run folder"
+    assert said in capfd.readouterr().err
+    assert not (job.run_path / "checkpoints").exists()
 
 
 @pytest.mark.slow
