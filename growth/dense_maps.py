@@ -25,7 +25,7 @@ from growth.index_map import IndexMap
 from growth.operators import KINDS, Maps, writes_stream
 from t5pegasus.axes import ParamSpec, dual_multipliers, logical_axis
 from t5pegasus.errors import reading
-from t5pegasus.manifest import flush
+from t5pegasus.storage import flush
 
 MAPS = "maps.npz"
 """In a checkpoint that was grown by learned maps: what they learned, one matrix per axis and role, `AXIS/ROLE`."""

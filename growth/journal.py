@@ -16,7 +16,8 @@ from typing import Any, Self
 
 from t5pegasus.errors import ArtifactError, writing
 from t5pegasus.json_files import read_json, write_json
-from t5pegasus.manifest import find_damaged, flush
+from t5pegasus.manifest import find_damaged
+from t5pegasus.storage import flush
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from t5pegasus.errors import ArtifactError, UsageError, reading
 from t5pegasus.json_files import SCHEMA, check_schema, read_json, write_json
-from t5pegasus.storage import is_remote, list_files
+from t5pegasus.storage import flush, is_remote, list_files
 
 MANIFEST = "manifest.json"
 _Item = TypeVar("_Item")
@@ -129,15 +129,6 @@ def find_damaged(folder: Path, files: Files) -> list[str]:
     described = _in_threads(lambda name: _describe_file(folder / name), whole)
     unchanged = {name for name, got in zip(whole, described) if got == files[name]}
     return [name for name in files if name not in unchanged]
-
-
-def flush(path: Path) -> None:
-    """Force a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _fingerprint(files: Files) -> str:

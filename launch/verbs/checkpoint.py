@@ -13,7 +13,6 @@ from t5pegasus.progress import format_seconds
 
 if TYPE_CHECKING:
     from t5pegasus.checkpoint.compare import ArrayDifference, Comparison
-    from t5pegasus.checkpoint.survey import Entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +83,10 @@ def _verify(args: Verify) -> int:
 
     found = {}
     for entry in survey_run(args.path, contents=lambda name: False):
-        path = _path_of(args.path, entry)
+        path = entry.path
         problems = [] if entry.state == "unfinished" else list(list_problems(path))
+        if problems and not path.exists():  # the run has deleted it while it was read
+            continue
         found[str(path)] = {**entry.to_json(), "state": "damaged" if problems else entry.state, "problems": problems}
         if not args.json:
             state = "damaged" if problems else "unfinished, not verified" if entry.state == "unfinished" else "good"
@@ -143,12 +144,13 @@ def _diff(args: Diff) -> int:
     from t5pegasus.progress import Progress
     from t5pegasus.storage import fetch
 
-    first, second = (fetch(find_checkpoint(path)) for path in (args.first, args.second))
+    found = [find_checkpoint(path) for path in (args.first, args.second)]
+    first, second = map(fetch, found)
     total = sum(array.nbytes for array in open_arrays(first).values())
     with Progress("compare", total=total, unit="B") as progress:
         comparison = compare_checkpoints(first, second, progress.advance)
     if args.json:
-        _print_json({"first": str(first), "second": str(second), **comparison.to_json()})
+        _print_json({"first": str(found[0]), "second": str(found[1]), **comparison.to_json()})
     else:
         _print_comparison(comparison)
     return 0
@@ -170,10 +172,6 @@ def _describe_difference(each: "ArrayDifference") -> tuple[str, str, str, str]:
     if each.max_abs_difference is None:
         return each.name, f"{each.first} → {each.second}", "", "all"
     return each.name, each.first, f"{each.max_abs_difference:.3g}", f"{each.num_different:,} of {each.num_entries:,}"
-
-
-def _path_of(path: Path, entry: "Entry") -> Path:
-    return path if path.name == entry.name else path / "checkpoints" / entry.name
 
 
 def _shorten(value: Any) -> str:

@@ -18,7 +18,7 @@ from t5pegasus.checkpoint.folder import (
     verify_structure,
 )
 from t5pegasus.checkpoint.info import CheckpointInfo, best_steps, load_checkpoint_info
-from t5pegasus.checkpoint.load import load_matching, load_parameters, load_together
+from t5pegasus.checkpoint.load import find_together, load_matching, load_parameters, load_together
 from t5pegasus.checkpoint.retention import Retention, remove_old_checkpoints
 from t5pegasus.checkpoint.save import save_arrays, save_checkpoint
 from t5pegasus.checkpoint.writer import CheckpointWriter, Stall
@@ -36,6 +36,7 @@ __all__ = [
     "find_best",
     "find_checkpoint",
     "find_last_good",
+    "find_together",
     "finish_saves",
     "has_ema",
     "has_optimizer_state",

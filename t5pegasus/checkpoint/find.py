@@ -37,7 +37,7 @@ def find_last_good(
     Raises:
         ArtifactError: if there are checkpoints, and all are damaged.
     """
-    finished, reasons = list_checkpoints(run_path), []
+    finished, reasons = list_checkpoints(run_path, committed=is_remote(run_path)), []
     for path in finished:
         if path in damaged:
             continue

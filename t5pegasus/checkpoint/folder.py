@@ -1,9 +1,11 @@
 """The folder of a checkpoint: what commits it, what verifies it, and what killed writers leave.
 
 On a disk it is written under a temporary name and renamed when its manifest is there. In an object store, where nothing
-can be renamed, it is written under its name, and the manifest, which is put last, commits it.
+can be renamed, it is written under its name, and the manifest, which is put last, commits it; what it replaces is
+copied aside before.
 """
 
+import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +18,10 @@ from t5pegasus.arrays import FOLDER, list_arrays
 from t5pegasus.checkpoint.info import INFO, CheckpointInfo
 from t5pegasus.errors import ArtifactError
 from t5pegasus.json_files import write_json
-from t5pegasus.manifest import MANIFEST, Files, flush, verify_manifest, write_manifest
-from t5pegasus.storage import copy_tree, is_remote, remove_tree
+from t5pegasus.manifest import MANIFEST, Files, verify_manifest, write_manifest
+from t5pegasus.storage import copy_tree, flush, is_remote, remove_tree
+
+logger = logging.getLogger(__name__)
 
 UNFINISHED, SUPERSEDED, PARTS = ".unfinished", ".superseded", ".parts"
 """Endings of the names of folders that are no checkpoints: being written, replaced, and where processes meet."""
@@ -31,6 +35,20 @@ def checkpoints_folder(run_path: Path) -> Path:
 def unfinished_folder(path: Path) -> Path:
     """Where the files of a checkpoint are written before it is one."""
     return path if is_remote(path) else path.with_name(path.name + UNFINISHED)
+
+
+def make_unfinished_folder(path: Path) -> None:
+    """An empty folder to write a checkpoint in, whatever lay there; a whole one of this name in a store is kept aside.
+
+    Args:
+        path: the name that the checkpoint gets.
+    """
+    unfinished = unfinished_folder(path)
+    if unfinished == path and (path / MANIFEST).is_file():
+        remove_tree(_superseded(path))
+        copy_tree(path, _superseded(path))  # the manifest last
+    remove_tree(unfinished)
+    unfinished.mkdir(parents=True)
 
 
 def commit_checkpoint(
@@ -77,10 +95,22 @@ def finish_saves(run_path: Path) -> None:
                 _put_in_place(unfinished, unfinished.with_suffix(""))
         for left in folder.glob(f"*{PARTS}"):
             remove_tree(left)
-        for path in folder.glob("*") if is_remote(folder) else ():
-            if path.name.isdigit() and not (path / MANIFEST).is_file():
-                remove_tree(path)
+        if is_remote(folder):
+            _finish_in_store(list(folder.glob("*")))
     synchronise(f"saves finished in {run_path}")
+
+
+def _finish_in_store(paths: list[Path]) -> None:
+    for path in paths:
+        if path.name.isdigit() and not (path / MANIFEST).is_file():
+            logger.info("%s has no %s: it was not finished, and is removed", path, MANIFEST)
+            remove_tree(path)
+    for left in paths:
+        if left.name.endswith(SUPERSEDED):
+            path = left.with_name(left.name.removesuffix(SUPERSEDED))
+            if (left / MANIFEST).is_file() and not (path / MANIFEST).is_file():
+                copy_tree(left, path)
+            remove_tree(left)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
@@ -128,10 +158,15 @@ def has_optimizer_state(path: Path) -> bool:
     return any(name.startswith("multipliers.") for name in list_arrays(path))
 
 
-def list_checkpoints(run_path: Path) -> list[Path]:
-    """The finished checkpoints of a run, newest first."""
-    folders = checkpoints_folder(run_path).glob("*")
-    finished = [folder for folder in folders if folder.name.isdigit() and (folder / MANIFEST).is_file()]
+def list_checkpoints(run_path: Path, *, committed: bool = True) -> list[Path]:
+    """The finished checkpoints of a run, newest first.
+
+    Args:
+        run_path: the run's folder.
+        committed: only those that have their manifest. One on a disk that has its name, but no manifest, has lost it.
+    """
+    folders = [folder for folder in checkpoints_folder(run_path).glob("*") if folder.name.isdigit()]
+    finished = [folder for folder in folders if not committed or (folder / MANIFEST).is_file()]
     return sorted(finished, key=lambda folder: int(folder.name), reverse=True)
 
 

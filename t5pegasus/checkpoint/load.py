@@ -1,7 +1,8 @@
 """Arrays out of checkpoints: the weights to use, whatever names are asked for, and a state on all processes or none."""
 
 import fnmatch
-from collections.abc import Collection, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t5pegasus.arrays import list_arrays, load_arrays
-from t5pegasus.checkpoint.folder import find_process, has_ema
-from t5pegasus.errors import UsageError
+from t5pegasus.checkpoint.folder import find_process, has_ema, list_checkpoints
+from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.manifest import DamagedError
+
+logger = logging.getLogger(__name__)
 
 
 def load_parameters(
@@ -63,6 +66,40 @@ def load_matching(
     if shardings is not None:
         return load_arrays(path, shardings={name: shardings[name] for name in names})
     return {name: array for name, array in load_arrays(path, tuple(names)).items() if name in names}
+
+
+def find_together(run_path: Path, find: Callable[[Collection[Path]], Path | None]) -> Path | None:
+    """The checkpoint of a run that all processes find; every process calls it.
+
+    Each looks for itself. One that cannot read what the others can, or whose view of a shared disk lags behind, would
+    go on from another step: then all take the oldest of what they found.
+
+    Args:
+        run_path: the run's folder.
+        find: the last good checkpoint but these, None if there is none; see `find_last_good`.
+
+    Raises:
+        ArtifactError: if some find one and others none.
+    """
+    passed_over: set[Path] = set()
+    while True:
+        found = find(passed_over)
+        if find_process()[1] == 1:
+            return found
+        steps = np.asarray(multihost_utils.process_allgather(np.int32(-1 if found is None else int(found.name))))
+        if (steps == steps[0]).all():
+            return found
+        last, first = int(np.argmax(steps)), int(np.argmin(steps))
+        if steps[first] < 0:
+            raise ArtifactError(
+                f"{run_path}: process {last} finds the checkpoint of step {steps[last]} there, process {first} finds "
+                "none; all processes must see the same folder: put it on a shared disk, or in a bucket"
+            )
+        logger.warning(
+            "%s: process %d finds the checkpoint of step %d, process %d that of step %d; all go back to that one",
+            run_path, last, steps[last], first, steps[first],
+        )  # fmt: skip
+        passed_over |= {path for path in list_checkpoints(run_path) if int(path.name) > steps[first]}
 
 
 def load_together(path: Path, shardings: Mapping[str, jax.sharding.Sharding]) -> dict[str, jax.Array]:

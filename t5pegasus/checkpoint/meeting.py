@@ -118,7 +118,10 @@ class Meeting:
     def _wait(self, is_so: Callable[[], bool], otherwise: str, deadline: float) -> None:
         while not is_so():
             if time.monotonic() > deadline:
-                raise OSError(errno.ETIMEDOUT, f"{otherwise} within {self._limit:.0f} s", str(self.path))
+                way_out = (
+                    "see what it says itself, and that all processes see this folder: on a shared disk or in a bucket"
+                )
+                raise OSError(errno.ETIMEDOUT, f"{otherwise} within {self._limit:.0f} s; {way_out}", str(self.path))
             time.sleep(self._pause)
 
 

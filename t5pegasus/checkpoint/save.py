@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from t5pegasus.checkpoint.folder import commit_checkpoint, find_process, unfinished_folder
+from t5pegasus.checkpoint.folder import commit_checkpoint, find_process, make_unfinished_folder, unfinished_folder
 from t5pegasus.checkpoint.info import CheckpointInfo
 from t5pegasus.checkpoint.meeting import Meeting, draw_token
 from t5pegasus.checkpoint.snapshot import Chunk, Snapshot, take_snapshot
 from t5pegasus.chunks import ChunkBuffer, write_chunk
 from t5pegasus.errors import writing
-from t5pegasus.storage import is_remote, remove_tree
+from t5pegasus.storage import TakenOverError, is_remote, remove_tree
 
 _NUM_THREADS, _NUM_REMOTE_THREADS = 4, 16
 
@@ -32,7 +32,7 @@ def save_checkpoint(
 
     Args:
         path: the folder to create; what lies there already is replaced only once the new one is whole (in an object
-            store, where nothing can be renamed, it is deleted first).
+            store, where nothing can be renamed, it is copied aside, and `finish_saves` brings it back).
         arrays: by dotted name; names beginning with `parameters.` are required.
         info: see CheckpointInfo.
         tokenizer_path: folder copied to `tokenizer/`.
@@ -52,14 +52,18 @@ def write_checkpoint(
     info: CheckpointInfo,
     tokenizer_path: Path,
     add_files: Callable[[Path], None] | None = None,
+    require_ours: Callable[[], None] = lambda: None,
 ) -> None:
-    """This process's part of a checkpoint that all processes write together, as `save_checkpoint`; needs no device."""
+    """This process's part of a checkpoint that all processes write together, as `save_checkpoint`; needs no device.
+
+    `require_ours` is called by the first process before anything that lies there is deleted.
+    """
     path, unfinished = meeting.path, unfinished_folder(meeting.path)
     first = meeting.index == 0
 
     def prepare() -> None:
-        remove_tree(unfinished)
-        unfinished.mkdir(parents=True)
+        require_ours()
+        make_unfinished_folder(path)
 
     try:
         with _naming(path):
@@ -115,14 +119,15 @@ def _write_chunks(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
 
 
 def _give_up(meeting: Meeting, unfinished: Path, error: BaseException) -> None:
-    """Leave nothing of it, and tell the others. What fails here too is no news: it is the same disk."""
-    try:
+    """Tell the others, and leave nothing of it. What fails here too is no news: it is the same disk."""
+    with contextlib.suppress(OSError):
         meeting.report_failure(error)
-        if meeting.index == 0:
+    with contextlib.suppress(OSError):
+        meeting.end()
+    # What another job has begun under this name since is whole, or will be.
+    if meeting.index == 0 and not isinstance(error, TakenOverError):
+        with contextlib.suppress(OSError):
             remove_tree(unfinished)
-            meeting.end()
-    except OSError:
-        pass
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ i mod R of a shard that R devices hold writes chunk i.
 
 import collections
 import itertools
-import os
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,6 +15,9 @@ import numpy as np
 
 from t5pegasus.arrays import FOLDER, Bounds, find_bounds
 from t5pegasus.chunks import CHUNK_BYTES, Slices, choose_chunk_shape, describe_array, describe_arrays, list_chunks
+
+_NUM_THREADS = 8
+"""Each slice of a replica takes memory of its device until it is here: at most so many chunks at a time."""
 
 
 class Chunk(NamedTuple):
@@ -82,7 +84,7 @@ def take_snapshot(
     _start_transfers(pieces)
     if memory is not None:
         memory.keep_only({piece.key for piece in pieces})
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
         chunks = list(pool.map(lambda piece: piece.fetch(memory), pieces))
     return Snapshot(descriptions, [chunk for each in chunks for chunk in each])
 
@@ -93,16 +95,24 @@ class _Piece(NamedTuple):
     data: jax.Array | np.ndarray
     chunks: list[tuple[str, Slices, tuple[int, ...]]]
     """File, part of `data`, shape of the stored chunk."""
+    is_whole: bool = True
+    """Whether they are all of `data`; else there is one, and no more than that leaves the device."""
 
     @property
     def key(self) -> str:
         return self.chunks[0][0]
 
     def fetch(self, memory: Memory | None) -> list[Chunk]:
-        values = np.asarray(self.data)
-        if memory is not None and _shares_host_memory(self.data):
+        data, chunks = self.data, self.chunks
+        if not self.is_whole:
+            ((file, part, shape),) = chunks
+            sizes = [each.stop - each.start for each in part]
+            data = jax.lax.dynamic_slice(data, [each.start for each in part], sizes)
+            chunks = [(file, tuple(slice(0, size) for size in sizes), shape)]
+        values = np.asarray(data)
+        if memory is not None and _shares_host_memory(data):
             values = memory.copy(self.key, values)
-        return [Chunk(file, values[(*part, ...)], shape) for file, part, shape in self.chunks]
+        return [Chunk(file, values[(*part, ...)], shape) for file, part, shape in chunks]
 
 
 def _own_pieces(
@@ -131,10 +141,7 @@ def _own_pieces(
         if len(own) == len(files):
             yield _Piece(data[shard], own)
         else:  # other replicas bring the rest to their hosts
-            for file, part, _ in own:
-                sizes = [each.stop - each.start for each in part]
-                piece = jax.lax.dynamic_slice(data[shard], [each.start for each in part], sizes)
-                yield _Piece(piece, [(file, tuple(slice(0, size) for size in sizes), chunk_shape)])
+            yield from (_Piece(data[shard], [each], is_whole=False) for each in own)
 
 
 def _list_holders(array: jax.Array) -> dict[Bounds, list[int]]:
@@ -157,9 +164,9 @@ def _relative(part: Slices, shard: Bounds) -> Slices:
 
 
 def _start_transfers(pieces: list[_Piece]) -> None:
-    """Let accelerators send all at once."""
+    """Let accelerators send all at once that they hold anyway."""
     for piece in pieces:
-        if isinstance(piece.data, jax.Array) and not _shares_host_memory(piece.data):
+        if piece.is_whole and isinstance(piece.data, jax.Array) and not _shares_host_memory(piece.data):
             piece.data.copy_to_host_async()
 
 

@@ -10,19 +10,19 @@ from t5pegasus.checkpoint.folder import UNFINISHED, checkpoints_folder, is_chunk
 from t5pegasus.checkpoint.info import CheckpointInfo, best_steps, load_checkpoint_info
 from t5pegasus.errors import ArtifactError, T5PegasusError
 from t5pegasus.manifest import MANIFEST, find_problems
-from t5pegasus.storage import list_files
+from t5pegasus.storage import is_remote, list_files
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
     """One folder under `checkpoints/`."""
 
-    name: str
+    path: Path
     state: str
     """good, damaged or unfinished."""
     bytes: int
     age_seconds: float | None
-    """Since it was committed; None if it is unfinished."""
+    """Since it was committed; None if nothing says that it was."""
     step: int | None = None
     loss: float | None = None
     """Held-out, of the evaluation at this step."""
@@ -33,7 +33,8 @@ class Entry:
 
     def to_json(self) -> dict[str, Any]:
         """As a JSON object."""
-        return dataclasses.asdict(self)
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"name": fields.pop("path").name, **fields}
 
 
 def survey_run(run_path: Path, contents: Callable[[str], bool] = lambda name: not is_chunk(name)) -> list[Entry]:
@@ -57,7 +58,7 @@ def survey_run(run_path: Path, contents: Callable[[str], bool] = lambda name: no
             f"{run_path} is neither a checkpoint nor a run with one under checkpoints/; check the path, or train first "
             "with: t5pegasus pretrain"
         )
-    entries = [_survey(folder, contents) for folder in folders]
+    entries = [found for folder in folders if (found := _survey_if_there(folder, contents)) is not None]
     infos = [info for _, info in entries if info is not None]
     best = best_steps(max(infos, key=lambda info: info.step).history)[-1:] if infos else ()
     return [dataclasses.replace(entry, best=entry.state == "good" and entry.step in best) for entry, _ in entries]
@@ -74,21 +75,36 @@ def list_problems(path: Path) -> Iterator[str]:
         load_checkpoint_info(path)
     except T5PegasusError as error:
         yield str(error)
+    except FileNotFoundError as error:
+        yield f"file {error.filename} was deleted meanwhile"
+
+
+def _survey_if_there(path: Path, contents: Callable[[str], bool]) -> tuple[Entry, CheckpointInfo | None] | None:
+    """None of a checkpoint that the run has deleted, or given its name, while it was looked at."""
+    try:
+        found = _survey(path, contents)
+    except FileNotFoundError:
+        if path.exists():
+            raise
+        return None
+    return None if found[0].state == "damaged" and not path.exists() else found
 
 
 def _survey(path: Path, contents: Callable[[str], bool]) -> tuple[Entry, CheckpointInfo | None]:
     size, mark = sum(list_files(path).values()), path / MANIFEST
-    if not mark.is_file() or path.name.endswith(UNFINISHED):
-        return Entry(path.name, "unfinished", size, None, _step(path.name)), None
+    if path.name.endswith(UNFINISHED) or (is_remote(path) and not mark.is_file()):
+        return Entry(path, "unfinished", size, None, _step(path.name)), None
+    if not mark.is_file():  # on a disk it has its name only when this is there
+        return Entry(path, "damaged", size, None, _step(path.name), problem=f"file {MANIFEST} is missing"), None
     age = time.time() - mark.stat().st_mtime
     try:
         for problem in find_problems(path, contents):
-            return Entry(path.name, "damaged", size, age, _step(path.name), problem=problem), None
+            return Entry(path, "damaged", size, age, _step(path.name), problem=problem), None
         info = load_checkpoint_info(path)
     except T5PegasusError as error:
-        return Entry(path.name, "damaged", size, age, _step(path.name), problem=str(error)), None
+        return Entry(path, "damaged", size, age, _step(path.name), problem=str(error)), None
     losses = [entry.get("loss") for entry in info.history if entry.get("step") == info.step]
-    return Entry(path.name, "good", size, age, info.step, losses[-1] if losses else None), info
+    return Entry(path, "good", size, age, info.step, losses[-1] if losses else None), info
 
 
 def _step(name: str) -> int | None:

@@ -43,19 +43,26 @@ class CheckpointWriter:
     `save` or `finish`. Nothing that the thread does needs a device or another process to be alive: where processes wait
     for each other it is for files, and not for ever (`meeting`).
 
-    Left by an error, a lone process finishes the save that is on its way; one of several does not wait for the others.
+    Left by an error, a lone process finishes the save that is on its way; one of several does not wait for the others,
+    unless the error is one that all of them raise.
 
     Args:
         run_path: folder of the run, which has the tokenizer.
         time_limit: seconds to wait for another process's part.
-        before_commit: called in the thread of the first process before each checkpoint is committed; what it raises
-            ends the save.
+        require_ours: called in the thread of the first process before it deletes anything, and before it commits a
+            checkpoint; what it raises ends the save.
+        common_errors: kinds of errors that all processes raise at the same place.
     """
 
     def __init__(
-        self, run_path: Path, time_limit: float = TIME_LIMIT, before_commit: Callable[[], None] = lambda: None
+        self,
+        run_path: Path,
+        time_limit: float = TIME_LIMIT,
+        require_ours: Callable[[], None] = lambda: None,
+        common_errors: tuple[type[Exception], ...] = (),
     ):
-        self._run_path, self._time_limit, self._before_commit = run_path, time_limit, before_commit
+        self._run_path, self._time_limit, self._require_ours = run_path, time_limit, require_ours
+        self._common_errors = common_errors
         self._process, self._token, self._count = find_process(), draw_token(), 0
         self._memory = Memory()
         self._thread: threading.Thread | None = None
@@ -69,8 +76,8 @@ class CheckpointWriter:
     ) -> None:
         if error is None:
             self.finish()
-        elif self._process[1] == 1:
-            with contextlib.suppress(BaseException):  # the first error is the one to report
+        elif self._process[1] == 1 or isinstance(error, self._common_errors):
+            with contextlib.suppress(Exception):  # the first error is the one to report; this one is in the log
                 self.finish()
 
     def save(self, arrays: Mapping[str, jax.Array], info: CheckpointInfo, retention: Retention) -> Stall:
@@ -116,10 +123,12 @@ class CheckpointWriter:
         began = time.perf_counter()
         try:
             tokenizer_path = self._run_path / "tokenizer"
-            write_checkpoint(meeting, snapshot, info, tokenizer_path, lambda _: self._before_commit())
+            check = self._require_ours
+            write_checkpoint(meeting, snapshot, info, tokenizer_path, lambda _: check(), check)
             if self._process[0] == 0:
                 remove_old_checkpoints(self._run_path, meeting.path, retention)
         except BaseException as error:
+            logger.warning("%s could not be saved: %s", meeting.path, error)  # training goes on until it asks
             self._error = error
         seconds = time.perf_counter() - began
         logger.debug("%s: %.2f GB in %.1f s", meeting.path, snapshot.num_bytes / 1e9, seconds)

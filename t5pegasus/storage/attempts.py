@@ -1,7 +1,8 @@
 """Trying again what an object store refuses for the moment, within a bounded time, and naming what it refuses for good.
 
-Retried are 408, 429, 5xx, time-outs, broken connections and short reads, after pauses that double up to 16 s, each
-with jitter so that the hosts of a pod do not come back together.
+Retried are 408, 429, 5xx, time-outs, broken connections, short reads, and logins that expired or could not be renewed
+for the moment, after pauses that double up to 16 s, each with jitter so that the hosts of a pod do not come back
+together.
 """
 
 import errno
@@ -11,6 +12,8 @@ import random
 from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any, TypeVar
+
+from t5pegasus.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -40,15 +43,17 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
         FileNotFoundError: if there is no such object; FileExistsError if there is one that must not be.
         OSError: naming object and cause, if the store refuses, or still fails after the time for retries
             (`T5PEGASUS_STORAGE_RETRY_SECONDS`, 120).
+        UsageError: if that is no number.
     """
-    seconds = float(os.environ.get(RETRY_SECONDS_VARIABLE, _RETRY_SECONDS))
+    seconds = _retry_seconds()
     began, pause, tries = monotonic(), _FIRST_PAUSE, 0
     while True:
         tries += 1
         try:
             return operation()
         except FileNotFoundError:
-            raise FileNotFoundError(errno.ENOENT, "there is no such object", str(path)) from None
+            what = "bucket, or nothing to copy; check the address" if verb == "write" else "object"
+            raise FileNotFoundError(errno.ENOENT, f"there is no such {what}", str(path)) from None
         except _FINAL:
             raise
         except Exception as error:
@@ -66,6 +71,14 @@ def attempt(path: object, verb: str, operation: Callable[[], _Result]) -> _Resul
             pause = min(2 * pause, _LONGEST_PAUSE)
 
 
+def _retry_seconds() -> float:
+    given = os.environ.get(RETRY_SECONDS_VARIABLE, "")
+    try:
+        return float(given or _RETRY_SECONDS)
+    except ValueError:
+        raise UsageError(f"{RETRY_SECONDS_VARIABLE}={given!r} must be a number of seconds, such as 600") from None
+
+
 def _code(error: BaseException) -> int | None:
     code: Any = getattr(error, "code", None) or getattr(error, "status", None)
     return int(code) if isinstance(code, (int, str)) and str(code).isdigit() else None
@@ -74,11 +87,28 @@ def _code(error: BaseException) -> int | None:
 def _is_transient(error: BaseException) -> bool:
     code = _code(error)
     if code is not None:
-        return code in _TRANSIENT_CODES
+        return code in _TRANSIENT_CODES or (code == 401 and _may_be_renewed(error))
     if isinstance(error, (TimeoutError, ConnectionError, EOFError)):
         return True
     module = type(error).__module__
-    return module.startswith(_TRANSIENT_MODULES) or type(error).__name__ in ("FSTimeoutError", "ChecksumError")
+    named = type(error).__name__ in ("FSTimeoutError", "ChecksumError", "TransportError")
+    return module.startswith(_TRANSIENT_MODULES) or named or bool(getattr(error, "retryable", False))
+
+
+def _may_be_renewed(error: BaseException) -> bool:
+    """Whether a 401 is of a token that has expired, and not of an account without one or whose login was withdrawn.
+
+    gcsfs says so in these words, also where the token could not be renewed: then google.auth's reason is the cause.
+    """
+    if "Invalid Credentials" not in str(error):
+        return False
+    reasons = _reasons(error)
+    return not reasons or any(map(_is_transient, reasons))
+
+
+def _reasons(error: BaseException) -> list[BaseException]:
+    """What an error was raised from, and that, and so on."""
+    return [] if error.__cause__ is None else [error.__cause__, *_reasons(error.__cause__)]
 
 
 def _describe(error: BaseException) -> str:
@@ -86,7 +116,8 @@ def _describe(error: BaseException) -> str:
         error = error.__cause__
     text = " ".join(str(error).split()) or "no reason given"
     refused = _code(error) in _REFUSED_CODES or text.startswith("Forbidden")
-    if refused or type(error).__module__.startswith("google.auth"):
+    if refused or (type(error).__module__.startswith("google.auth") and not _is_transient(error)):
+        text = ": ".join([text, *(" ".join(str(reason).split()) for reason in _reasons(error)[:1])])
         return f"access refused ({text[:200]}); {_WAY_IN}"
     code = _code(error)
     return f"{type(error).__name__}{f' {code}' if code else ''}: {text[:200]}"

@@ -55,14 +55,21 @@ def fetch(path: Path, wanted: Callable[[str], bool] | None = None) -> Path:
     if not is_remote(path):
         return path
     mark, content = _read_mark(path)
+    found = list_files(path) if mark is not None else {}
     if mark is not None:
-        files = _entries(path, mark, content, list_files(path))
+        files = _entries(path, mark, content, found)
         inner = (entry["sha256"] for name, entry in sorted(files.items()) if name.endswith(f"/{MANIFEST}"))
         identity = b"".join((content, *(digest.encode() for digest in inner)))
     else:
         files, identity = _listed(path)
     if wanted is not None:
         files = {name: entry for name, entry in files.items() if wanted(name)}
+    for name, entry in files.items():
+        if found.get(name, entry["bytes"]) != entry["bytes"]:  # no fault of the store, so not to be tried again
+            raise ArtifactError(
+                f"{path / name} has {found[name]:,} bytes, its manifest says {entry['bytes']:,}; copy the artifact "
+                "anew from where it is whole, or make it anew"
+            )
     folder = cache_path(os.environ) / "fetched" / hashlib.sha256(identity).hexdigest()[:32] / path.name
     with alone(folder):
         missing = {name: entry for name, entry in files.items() if _size(folder / name) != entry["bytes"]}

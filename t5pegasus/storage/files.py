@@ -1,8 +1,11 @@
 """Single files and flat lists of them, on disk and in object stores."""
 
+import contextlib
 import errno
 import os
 import shutil
+import stat
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +31,31 @@ def write_bytes(path: Path, content: bytes, *, create: bool = False) -> None:
         _put(path, content, create)
         return
     # Processes of one job, on one machine or several, may write the same file at the same time.
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with writing(path), temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    if not create:
-        temporary.replace(path)
-        return
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        os.link(temporary, path)
+        with writing(path), temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        if create:
+            os.link(temporary, path)
+            temporary.unlink()
+        else:
+            temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what failed first is what is reported
+            temporary.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Force a local file, or the names in a local folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink()
+        os.close(descriptor)
 
 
 def _put(path: Any, content: bytes, create: bool) -> None:
@@ -97,8 +113,13 @@ def list_files(folder: Path) -> dict[str, int]:
         prefix = remote.path.strip("/") + "/"
         names = ((name.strip("/"), int(entry["size"])) for name, entry in found.items() if entry["type"] == "file")
         return {name.removeprefix(prefix): size for name, size in sorted(names) if name.startswith(prefix)}
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+    sizes = {}
+    for path in sorted(folder.rglob("*")):
+        with contextlib.suppress(FileNotFoundError):  # somebody has deleted it since
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode):
+                sizes[path.relative_to(folder).as_posix()] = found.st_size
+    return sizes
 
 
 def remove_tree(path: Path) -> None:
@@ -112,5 +133,7 @@ def remove_tree(path: Path) -> None:
         return
     from t5pegasus.storage.transfer import delete_all
 
-    names = sorted(list_files(path), key=lambda name: (name.rpartition("/")[2] != "manifest.json", name))
+    names = sorted(
+        list_files(path), key=lambda name: (name.rpartition("/")[2] != "manifest.json", name.count("/"), name)
+    )
     delete_all([path / name for name in names])

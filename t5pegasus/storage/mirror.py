@@ -37,6 +37,10 @@ _LARGEST_SHARE = 0.05
 """Of the time, for mirroring: with large files it comes more rarely."""
 
 
+class TakenOverError(UsageError):
+    """Another job writes this run now: nothing that lies there is this one's to change."""
+
+
 class WorkingCopy:
     """Where the growing files of a run are written.
 
@@ -57,7 +61,7 @@ class WorkingCopy:
         """Put what has changed into the store; for a local run, and by a process that has no number, nothing is put.
 
         Raises:
-            UsageError: if another job has taken the run over.
+            TakenOverError: if another job has taken the run over.
             OSError: if the store fails.
         """
         if self._number is None:
@@ -78,7 +82,7 @@ class WorkingCopy:
         newer = self._run_path / _WRITERS / _writer_name((self._number or 0) + 1)
         with contextlib.suppress(FileNotFoundError):
             who = json.loads(newer.read_bytes())
-            raise UsageError(
+            raise TakenOverError(
                 f"{self._run_path} was taken over by process {who['pid']} of host {who['host']} at {who['began']}; "
                 "this one ends, so that they do not write over each other: choose another --run-path for another run"
             )

@@ -41,8 +41,8 @@ def publish(folder: Path, output: Path) -> None:
     names = list(list_files(folder))
     write_bytes(output / _UNFINISHED, b"")
     _transfer_all_but_marks(folder, output, names)
-    (output / _UNFINISHED).unlink()
     _transfer_marks(folder, output, names)
+    (output / _UNFINISHED).unlink(missing_ok=True)  # tried again after an answer that was lost
     shutil.rmtree(folder)
 
 

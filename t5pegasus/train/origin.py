@@ -15,6 +15,7 @@ from t5pegasus.checkpoint import (
     CheckpointInfo,
     find_checkpoint,
     find_last_good,
+    find_together,
     has_ema,
     has_optimizer_state,
     list_arrays,
@@ -97,7 +98,7 @@ def find_origin(
         UsageError: if the checkpoint and the config or the examples do not belong together.
         ArtifactError: if the checkpoint is damaged.
     """
-    own = find_last_good(run_path, verify_structure, damaged)
+    own = find_together(run_path, lambda others: find_last_good(run_path, verify_structure, {*damaged, *others}))
     if own is not None:
         lineage = load_checkpoint_info(own).lineage
         check_events_kept(run_path, recorded_events, events, lineage)

@@ -25,7 +25,7 @@ from t5pegasus.checkpoint import (
 from t5pegasus.config import RunConfig, TrainConfig
 from t5pegasus.data.loader import load_batches
 from t5pegasus.data.mixed_rows import MixedRows
-from t5pegasus.errors import UsageError
+from t5pegasus.errors import DivergedError, UsageError
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
 from t5pegasus.storage import working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
@@ -192,7 +192,11 @@ def _train(
         write_start(metrics, paths, origin.config, step, mesh, memory)
         profiler = Profiler(train, folder.path / "profile")
         stack.callback(profiler.stop)
-        writer = stack.enter_context(CheckpointWriter(paths.run_path, before_commit=folder.push))
+        writer = stack.enter_context(
+            CheckpointWriter(
+                paths.run_path, require_ours=folder.push, common_errors=(RollbackNeededError, DivergedError)
+            )
+        )
         run = Run(
             events=events,
             mesh=mesh,

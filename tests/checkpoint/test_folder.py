@@ -63,6 +63,18 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_again_by_itself(
         find_last_good(tmp_path)
 
 
+def test_a_checkpoint_that_has_lost_its_manifest_is_named_and_nothing_begins_again(tmp_path, caplog):
+    """As where a run was copied and not all of it came; one that is being written has another name."""
+    for step in (8, 4):
+        (save_step(tmp_path, step) / "manifest.json").unlink()
+    with pytest.raises(ArtifactError, match=r"all of its checkpoints are damaged \(8, 4\).*no manifest\.json"):
+        find_last_good(tmp_path)
+    path = save_step(tmp_path, 4)
+    caplog.clear()
+    assert find_last_good(tmp_path) == path
+    assert f"{tmp_path / 'checkpoints' / '8'} is not a finished checkpoint" in caplog.text
+
+
 def test_old_checkpoints_go_by_policy(tmp_path):
     for step in (2, 4, 6, 8, 10, 12):
         path = save_step(tmp_path, step)

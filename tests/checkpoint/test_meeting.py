@@ -1,13 +1,15 @@
 """Laws of several processes that write one checkpoint: they meet by files, and none waits for ever."""
 
 import errno
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 
 import t5pegasus.checkpoint.save
 from t5pegasus.arrays import load_arrays
-from t5pegasus.checkpoint import finish_saves, list_checkpoints, verify_checkpoint
+from t5pegasus.checkpoint import CheckpointWriter, Retention, finish_saves, list_checkpoints, verify_checkpoint
 from t5pegasus.checkpoint.meeting import Meeting
 from t5pegasus.checkpoint.save import write_checkpoint
 from t5pegasus.checkpoint.snapshot import Snapshot, take_snapshot
@@ -89,3 +91,45 @@ def test_what_an_earlier_attempt_left_is_taken_for_nothing(tmp_path):
     assert write_together(tmp_path, snapshots, (0, 1), 60) == [None, None]
     finish_saves(tmp_path)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["2"]
+
+
+def test_where_the_first_process_cannot_clean_up_the_others_are_told_all_the_same(tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    remove_tree = t5pegasus.checkpoint.save.remove_tree
+    monkeypatch.setattr(t5pegasus.checkpoint.save, "commit_checkpoint", fail)
+    monkeypatch.setattr(t5pegasus.checkpoint.save, "remove_tree", fail)  # as when others still write there
+    first, second = write_together(tmp_path, divide(2, 2), (0, 1), 5)
+    assert "Input/output error" in str(first)
+    assert "process 0 gave this checkpoint up" in str(second)
+    remove_tree(tmp_path / "checkpoints")
+
+
+def test_behind_an_error_that_all_raise_the_save_on_its_way_is_finished(tmp_path, monkeypatch):
+    """What they do next, such as going back to the last checkpoint, must not meet it."""
+    write_tokenizer(tmp_path)
+    write_chunk, gate = t5pegasus.checkpoint.save.write_chunk, threading.Event()
+
+    def wait_and_write(path, chunk):
+        assert gate.wait(60)
+        return write_chunk(path, chunk)
+
+    monkeypatch.setattr(t5pegasus.checkpoint.save, "write_chunk", wait_and_write)
+
+    def save_and_fail(writer):
+        with writer:
+            writer.save(draw_arrays(1), info_of(1), Retention(last=1))
+            threading.Timer(0.2, gate.set).start()
+            raise ZeroDivisionError
+
+    def train(index):
+        writer = CheckpointWriter(tmp_path, common_errors=(ArithmeticError,))
+        writer._process, writer._token = (index, 2), "0123"
+        with pytest.raises(ZeroDivisionError):
+            save_and_fail(writer)
+        assert [path.name for path in list_checkpoints(tmp_path)] == ["1"]
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, (0, 1)))
+    verify_checkpoint(tmp_path / "checkpoints" / "1")

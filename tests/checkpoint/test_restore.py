@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 import t5pegasus.arrays
+import t5pegasus.checkpoint.load
 from t5pegasus.arrays import load_arrays
 from t5pegasus.checkpoint import (
+    find_together,
     load_matching,
     load_together,
     save_checkpoint,
@@ -111,8 +113,8 @@ run_path, port, count, index, step = Path(sys.argv[1]), *map(int, sys.argv[2:])
 if count > 1:
     jax.distributed.initialize(f"127.0.0.1:{port}", count, index)
 import numpy as np
-from t5pegasus.checkpoint import CheckpointWriter, DamagedError, Retention, find_last_good, finish_saves, load_together
-from t5pegasus.checkpoint import verify_structure
+from t5pegasus.checkpoint import CheckpointWriter, DamagedError, Retention, find_last_good, find_together, finish_saves
+from t5pegasus.checkpoint import load_together, verify_structure
 from t5pegasus.checkpoint.snapshot import take_snapshot
 from tests.checkpoint.conftest import draw_arrays, info_of
 from jax.sharding import NamedSharding
@@ -123,7 +125,11 @@ wanted["parameters.layers"] = np.ones((3, 8, 12), np.float32) * np.arange(12, dt
 shardings = {name: NamedSharding(mesh, jax.P(*specs[array.ndim])) for name, array in wanted.items()}
 finish_saves(run_path)
 state = {n: jax.make_array_from_callback(a.shape, shardings[n], a.__getitem__) for n, a in wanted.items()}
-last, damaged = find_last_good(run_path, verify_structure), []
+damaged = []
+hidden = [run_path / "checkpoints" / "9"] * (index == 2)  # as where a disk's listing lags behind
+def find(others):
+    return find_last_good(run_path, verify_structure, [*hidden, *damaged, *others])
+last = find_together(run_path, find)
 while last is not None:
     try:
         state = load_together(last, shardings)
@@ -131,7 +137,7 @@ while last is not None:
     except DamagedError as error:
         print(error)
         damaged.append(last)
-        last = find_last_good(run_path, verify_structure, damaged)
+        last = find_together(run_path, find)
 for name, array in state.items():
     for shard in array.addressable_shards:
         np.testing.assert_array_equal(shard.data, wanted[name][shard.index])
@@ -166,11 +172,23 @@ def test_two_processes_then_one_then_three_bit_for_bit(tmp_path):
     first, second = (load_arrays(tmp_path / "checkpoints" / step) for step in "12")
     damaged = tmp_path / "checkpoints" / "2" / "arrays" / "parameters.table" / "c" / "1" / "0"
     damaged.write_bytes(damaged.read_bytes()[::-1])  # which the first process has no need to read
+    shutil.copytree(tmp_path / "checkpoints" / "1", tmp_path / "checkpoints" / "9")
     said = continue_with(tmp_path, 3, 2, step=3)
     assert "process 1 found a damaged file" in said[0]
     assert all("parameters.table/c/1/0 is damaged" in each for each in said[1:])
     require_equal(second, first)
     require_equal(load_arrays(tmp_path / "checkpoints" / "3"), first)
+
+
+def test_processes_that_do_not_see_the_same_folder_are_told_so(tmp_path, monkeypatch):
+    path = save_step(tmp_path, 4)
+    monkeypatch.setattr(t5pegasus.checkpoint.load, "find_process", lambda: (0, 2))
+    gather = t5pegasus.checkpoint.load.multihost_utils
+    monkeypatch.setattr(gather, "process_allgather", lambda step: np.array([step, -1]))
+    with pytest.raises(ArtifactError, match="process 0 finds the checkpoint of step 4 there, process 1 finds none"):
+        find_together(tmp_path, lambda others: path)
+    monkeypatch.setattr(gather, "process_allgather", lambda step: np.array([step, step]))
+    assert find_together(tmp_path, lambda others: path) == path
 
 
 def test_arrays_that_come_one_after_the_other_share_no_memory(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import weakref
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from t5pegasus.checkpoint import (
     Retention,
     list_checkpoints,
     save_checkpoint,
+    snapshot,
     verify_checkpoint,
 )
 from t5pegasus.checkpoint.snapshot import Memory, take_snapshot
@@ -73,22 +75,38 @@ def test_saved_behind_the_back_or_waited_for_the_bytes_are_the_same(tmp_path):
     assert files_of(tmp_path / "sync") == files_of(tmp_path / "async")
 
 
+def hold_as_two_processes(array):
+    """As `snapshot._list_holders` would say, were every other device another process's."""
+    held = {}
+    indices = array.sharding.devices_indices_map(array.shape)
+    for device, index in sorted(indices.items(), key=lambda item: item[0].id):
+        held.setdefault(snapshot.find_bounds(index, array.shape), []).append(device.id % 2)
+    return held
+
+
+def test_what_replicas_share_leaves_a_device_a_few_chunks_at_a_time(monkeypatch):
+    """A copy of all of it would take the device's memory in every save."""
+    state, cut, cuts, alive = place(draw_arrays(1), (2, 1, 1)), jax.lax.dynamic_slice, [], []
+
+    def cut_and_count(*args):
+        piece = cut(*args)
+        cuts.append(weakref.ref(piece))
+        alive.append(sum(each() is not None for each in cuts))
+        return piece
+
+    monkeypatch.setattr(snapshot, "_list_holders", hold_as_two_processes)
+    monkeypatch.setattr(snapshot, "CHUNK_BYTES", 256)
+    monkeypatch.setattr(snapshot, "_NUM_THREADS", 1)
+    monkeypatch.setattr(jax.lax, "dynamic_slice", cut_and_count)
+    take_snapshot(state, memory=Memory())
+    assert len(alive) > 5
+    assert max(alive) == 1
+
+
 def test_replicas_share_the_chunks(monkeypatch):
     """Each chunk has one owner, and no process has them all, as far as the shardings of one process can say."""
-    from t5pegasus.checkpoint import snapshot
-
     state = place(draw_arrays(1), (2, 2, 2))
-    processes = {device.id: device.id % 2 for device in jax.devices()}
-    holders = snapshot._list_holders
-
-    def as_two_processes(array):
-        indices = array.sharding.devices_indices_map(array.shape)
-        held = dict.fromkeys(holders(array), ())
-        for device, index in sorted(indices.items(), key=lambda item: item[0].id):
-            held[snapshot.find_bounds(index, array.shape)] += (processes[device.id],)
-        return held
-
-    monkeypatch.setattr(snapshot, "_list_holders", as_two_processes)
+    monkeypatch.setattr(snapshot, "_list_holders", hold_as_two_processes)
     parts = [{chunk.file: chunk for chunk in take_snapshot(state, index).chunks} for index in (0, 1)]
     assert not parts[0].keys() & parts[1].keys()
     assert min(map(len, parts)) > 0
@@ -150,3 +168,22 @@ def test_an_error_elsewhere_does_not_lose_the_save_on_its_way(slow_disk, tmp_pat
     with pytest.raises(ValueError, match="a bug"):
         train()
     verify_checkpoint(tmp_path / "checkpoints" / "1")
+
+
+def test_a_save_that_fails_is_told_at_once(tmp_path, monkeypatch, caplog):
+    """What it failed of is raised at the next save, which may be hours away, or never, where another error ends it."""
+    write_tokenizer(tmp_path)
+
+    def fail(path, chunk):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(t5pegasus.checkpoint.save, "write_chunk", fail)
+
+    def train():
+        with CheckpointWriter(tmp_path) as writer:
+            writer.save(place(draw_arrays(1), (1, 1, 1)), info_of(1), KEEP)
+            raise ValueError("a bug")
+
+    with pytest.raises(ValueError, match="a bug"):
+        train()
+    assert f"{tmp_path / 'checkpoints' / '1'} could not be saved: [Errno 28] No space" in caplog.text

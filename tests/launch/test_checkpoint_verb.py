@@ -7,8 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
+import t5pegasus.checkpoint.survey
 from launch.cli import main
 from t5pegasus.checkpoint import save_checkpoint
+from t5pegasus.storage import copy_tree, open_path, remove_tree
 from tests.checkpoint.conftest import draw_arrays, info_of, save_step, write_tokenizer
 
 
@@ -59,6 +61,45 @@ def test_a_manifest_that_cannot_be_read_is_one_problem(run_path, capsys):
     code, out = run(capsys, "verify", run_path)
     assert code == 2
     assert "manifest.json is not valid JSON" in out
+
+
+def test_a_manifest_that_is_gone_is_damage(run_path, capsys):
+    (run_path / "checkpoints" / "8" / "manifest.json").unlink()
+    code, out = run(capsys, "verify", run_path)
+    assert code == 2
+    assert f"{run_path / 'checkpoints' / '8'}: damaged" in out
+    assert "damaged: file manifest.json is missing" in run(capsys, "list", run_path)[1]
+
+
+def test_a_run_may_be_called_as_its_checkpoint(tmp_path, capsys):
+    save_step(tmp_path / "4", 4)
+    code, out = run(capsys, "verify", tmp_path / "4")
+    assert (code, out.split(": ")[0]) == (0, str(tmp_path / "4" / "checkpoints" / "4"))
+
+
+def test_what_the_run_deletes_meanwhile_is_no_damage(run_path, capsys, monkeypatch):
+    """A run that goes on deletes its old checkpoints, whoever reads them."""
+    find_problems = t5pegasus.checkpoint.survey.find_problems
+
+    def find_after_the_run(path, *args):
+        if path.name == "4" and path.exists():
+            shutil.rmtree(path)
+        return find_problems(path, *args)
+
+    monkeypatch.setattr(t5pegasus.checkpoint.survey, "find_problems", find_after_the_run)
+    for verb in ("list", "verify"):
+        code, out = run(capsys, verb, run_path)
+        assert code == 0
+        assert "damaged" not in out
+        assert "good" in out
+        save_step(run_path, 4)
+
+    def fail_to_read(path, *args):
+        shutil.rmtree(path)
+        raise FileNotFoundError(2, "No such file or directory", str(path / "arrays" / "step" / "c"))
+
+    monkeypatch.setattr(t5pegasus.checkpoint.survey, "find_problems", fail_to_read)
+    assert run(capsys, "list", run_path)[0] == 0
 
 
 def test_a_run_is_listed(tmp_path, capsys):
@@ -124,3 +165,23 @@ def test_what_is_no_checkpoint_is_refused_in_words(tmp_path, capsys):
     for verb in ("verify", "list"):
         assert main(["checkpoint", verb, str(tmp_path)]) == 2
         assert f"t5pegasus checkpoint: {tmp_path} is neither a checkpoint nor a run" in capsys.readouterr().err
+
+
+def test_a_store_is_looked_into_as_a_disk_is(run_path, capsys, monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("T5PEGASUS_CACHE", str(tmp_path_factory.mktemp("cache")))
+    place = open_path("memory://checkpoint-verb/run")
+    copy_tree(run_path, place)
+    (place / "checkpoints" / "12" / "checkpoint.json").write_bytes(b"{}")  # of a save that goes on, or was killed
+    remove_tree(place / "checkpoints" / "12.unfinished")
+    code, out = run(capsys, "verify", place)
+    assert (code, [line.split()[1].rstrip(",") for line in out.splitlines()]) == (0, ["good", "good", "unfinished"])
+    assert [line.split()[0] for line in run(capsys, "list", place)[1].splitlines()] == ["step", "4", "8", "12"]
+    assert "float32[3, 8, 16]" in run(capsys, "list", place / "checkpoints" / "4")[1]
+    found = json.loads(run(capsys, "diff", place / "checkpoints" / "4", place, "--json")[1])
+    assert (found["first"], found["second"]) == (f"{place}/checkpoints/4", f"{place}/checkpoints/8")
+    assert found["fields"] == {"rows": [32, 64], "step": [4, 8]}
+    table = place / "checkpoints" / "8" / "arrays/parameters.table/c/0/0"
+    table.write_bytes(table.read_bytes()[::-1])
+    code, out = run(capsys, "verify", place)
+    assert code == 2
+    assert "parameters.table/c/0/0 is damaged" in out

@@ -66,6 +66,18 @@ def test_a_damaged_file_is_named_and_not_kept(remote: Any, own_cache: Path):
     assert [path for path in own_cache.rglob("shard-1*") if path.is_file()] == []
 
 
+def test_an_object_of_another_size_is_damaged_and_no_fault_of_the_store(remote: Any, faults: Any):
+    """Else it would be asked for again and again, and the checkpoint before not be used."""
+    for content in (b"cut short", b"", CONTENT["shard-1"] + b"longer"):
+        _put_examples(remote, **{"shard-1": content})
+        with pytest.raises(
+            ArtifactError, match=f"{remote}/shard-1 has {len(content):,} bytes, its manifest says 6,000"
+        ):
+            fetch(remote)
+        assert faults.pauses == []
+    assert (fetch(remote, lambda name: name != "shard-1") / "shard-0").read_bytes() == CONTENT["shard-0"]
+
+
 def test_what_lies_inside_is_verified_by_its_own_manifest(remote: Any):
     _put_examples(remote, heldout=b"wrong")
     with pytest.raises(ArtifactError, match="heldout/shard-0: sha256 is"):

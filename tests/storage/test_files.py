@@ -1,3 +1,6 @@
+import contextlib
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +71,36 @@ def test_only_one_writer_creates(place: Path):
     assert list_files(place) == {"x": 4}
 
 
+def test_a_file_on_a_disk_that_fails_leaves_nothing_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_bytes(tmp_path / "x", b"first")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    for create in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", fail)
+            with pytest.raises(OSError, match="No space left") as caught:
+                write_bytes(tmp_path / "x", b"second", create=create)
+        assert caught.value.filename == str(tmp_path / "x")
+        assert list_files(tmp_path) == {"x": 5}
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_file_that_is_written_has_its_name_on_the_disk(create: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A name that only memory knows is lost with the power, and with it the manifest that commits a checkpoint."""
+    flushed, fsync = list[set[str]](), os.fsync
+
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            flushed.append({path.name for path in tmp_path.iterdir()})
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    write_bytes(tmp_path / "x", b"content", create=create)
+    assert flushed == [{"x"}]
+
+
 def test_a_file_that_ends_too_early_is_an_error(place: Path, monkeypatch: pytest.MonkeyPatch):
     stop_the_clock(monkeypatch)
     write_bytes(place / "x", b"0123456789")
@@ -115,6 +148,11 @@ def test_what_says_that_a_folder_is_whole_comes_last_and_goes_first(faults: Any,
     remove_tree(remote)
     removed = [name.rpartition("/place/")[2] for operation, name in faults.calls if operation == "rm_file"]
     assert removed[0] == "manifest.json"
+    write_bytes(remote / "manifest.json", b"{}")
+    write_bytes(remote / "heldout" / "manifest.json", b"{}")
+    faults.calls.clear()
+    remove_tree(remote)
+    assert next(name for operation, name in faults.calls if operation == "rm_file").endswith("/place/manifest.json")
 
 
 def test_an_upload_that_was_cut_off_is_no_artifact_and_can_be_done_again(faults: Any, remote: Any, tmp_path: Path):
@@ -132,6 +170,37 @@ def test_an_upload_that_was_cut_off_is_no_artifact_and_can_be_done_again(faults:
     assert not folder.exists()
     with pytest.raises(UsageError, match="in use"):
         require_unused(remote)
+
+
+@pytest.mark.parametrize("operation", ["pipe_file", "rm_file"])
+@pytest.mark.parametrize("number", range(6))
+def test_an_upload_cut_off_anywhere_is_done_again(
+    operation: str, number: int, faults: Any, remote: Any, tmp_path: Path
+):
+    folder = tmp_path / "made"
+    folder.mkdir()
+    files = _fill(folder)
+    faults.plan(operation, *[None] * number, forever=TimeoutError("no answer"))
+    with contextlib.suppress(OSError):
+        publish(folder, remote)
+    faults.plan(operation)
+    if folder.exists():
+        require_unused(remote)
+        publish(folder, remote)
+    assert list_files(remote) == {name: len(content) for name, content in files.items()}
+
+
+def test_an_upload_does_not_mind_an_answer_that_was_lost(faults: Any, remote: Any, tmp_path: Path):
+    def lose_the_answer(operation: Any, *args: Any, **options: Any) -> None:
+        operation(*args, **options)
+        raise TimeoutError("no answer")
+
+    folder = tmp_path / "made"
+    folder.mkdir()
+    files = _fill(folder)
+    faults.plan("rm_file", lose_the_answer)
+    publish(folder, remote)
+    assert list_files(remote).keys() == files.keys()
 
 
 def test_an_object_store_has_no_append_and_no_rename(remote: Any):

@@ -7,6 +7,7 @@ import pytest
 from gcsfs.retry import HttpError
 
 from launch.cli import main
+from t5pegasus.errors import UsageError
 from t5pegasus.storage import list_files, read_range, write_bytes
 
 UNAVAILABLE = HttpError({"code": 503, "message": "Service Unavailable"})
@@ -90,6 +91,47 @@ def test_who_may_not_is_told_how_to_in_one_sentence(refusal: Exception, faults: 
     assert str(remote / "x") in str(caught.value)
     assert "\n" not in str(caught.value)
     assert faults.count("info") == 1
+
+
+def _expired(*reasons: Exception) -> Exception:
+    """As gcsfs raises it of a token that could not be renewed, with google.auth's reasons behind it."""
+    error: Exception = HttpError({"code": 401, "message": "Invalid Credentials"})
+    inner = error
+    for reason in reasons:
+        inner.__cause__ = reason
+        inner = reason
+    return error
+
+
+UNREACHABLE = google.auth.exceptions.TransportError("the metadata server does not answer")
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        _expired(),
+        _expired(google.auth.exceptions.RefreshError("no token"), UNREACHABLE),
+        _expired(google.auth.exceptions.RefreshError("no token", retryable=True)),
+        UNREACHABLE,
+    ],
+)
+def test_a_login_that_cannot_be_renewed_for_the_moment_does_not_end_a_run(fault: Exception, faults: Any, remote: Any):
+    faults.plan("pipe_file", fault, fault)
+    write_bytes(remote / "x", b"0123456789")
+    assert faults.count("pipe_file") == 3
+
+
+def test_a_login_that_was_withdrawn_is_told_at_once(faults: Any, remote: Any):
+    faults.plan("pipe_file", forever=_expired(google.auth.exceptions.RefreshError("invalid_grant: revoked")))
+    with pytest.raises(OSError, match=r"access refused .*invalid_grant: revoked.*application-default login"):
+        write_bytes(remote / "x", b"0123456789")
+    assert faults.count("pipe_file") == 1
+
+
+def test_a_time_limit_that_is_none_is_refused(remote: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("T5PEGASUS_STORAGE_RETRY_SECONDS", "ten")
+    with pytest.raises(UsageError, match="T5PEGASUS_STORAGE_RETRY_SECONDS='ten' must be a number of seconds"):
+        write_bytes(remote / "x", b"")
 
 
 def test_the_command_ends_with_exit_code_46(faults: Any, remote: Any, capsys: pytest.CaptureFixture[str]):
