@@ -10,6 +10,7 @@ from typing import Any
 from t5pegasus.errors import ArtifactError, reading
 from t5pegasus.json_files import check_schema, read_json
 from t5pegasus.storage import is_remote_text, open_path
+from t5pegasus.train.goodput import read_attempts
 
 Json = dict[str, Any]
 
@@ -183,7 +184,7 @@ def _load_new(path: Path, runs: dict[Path, Run]) -> Run:
         heldout=_read_if_there(heldout_path and heldout_path / "manifest.json"),
         checkpoints=tuple(_checkpoints(path)),
         evaluation=load_evaluation(path),
-        attempts=tuple(read_json_lines(path / "goodput.jsonl")[0]),
+        attempts=tuple(read_attempts(path)),
         parent=parent,
         growths=growths,
     )

@@ -5,6 +5,7 @@ each, without any service. Wall time is the sum of all parts: what an attempt sp
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 from t5pegasus.errors import writing
 from t5pegasus.train.control import Control
+
+logger = logging.getLogger(__name__)
 
 FILE = "goodput.jsonl"
 PARTS = {
@@ -25,6 +28,8 @@ PARTS = {
     "event": ("event",),
 }
 """Part → activities (`Control.doing`); all other activities are `other`."""
+_KEYS = {"seconds", "lost_seconds", "lost_steps", "down_seconds", "updated"}
+"""Of a line, what the sum needs."""
 _WRITE_SECONDS = 10.0
 
 Json = dict[str, Any]
@@ -64,12 +69,20 @@ def sum_attempts(attempts: Iterable[Json]) -> Json:
 
 
 def read_attempts(run_path: Path) -> list[Json]:
-    """The lines of goodput.jsonl; none if it is absent."""
-    path = run_path / FILE
+    """The lines of goodput.jsonl, but for damaged ones, which are named: the run does not depend on it."""
+    path, attempts = run_path / FILE, []
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines if line]
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            attempt = json.loads(line) if line else {}
+        except (ValueError, RecursionError):
+            attempt = None
+        if isinstance(attempt, dict) and attempt.keys() >= _KEYS:
+            attempts.append(attempt)
+        elif line:
+            logger.warning("%s: dropping a damaged line; the time of its attempt is not accounted for", path)
+    return attempts
 
 
 class Goodput:

@@ -11,7 +11,7 @@ from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
 from t5pegasus.train.data_sources import name_sources
-from t5pegasus.train.divergence import Why
+from t5pegasus.train.divergence import WATCHED, Why
 from t5pegasus.train.goodput import split_time
 from t5pegasus.train.metrics import count_flops, peak_flops
 from t5pegasus.train.norms import name_norms
@@ -19,6 +19,8 @@ from t5pegasus.train.norms import name_norms
 Numbers = dict[str, Any]
 _COUNTED = ("source_tokens", "target_tokens", "examples", "bad_examples")
 """Of which speeds are made; the other numbers of an update are averaged."""
+_LIMITS = tuple(f"{name}_limit" for name in WATCHED)
+"""Those of the interval's last update are reported, once there are any."""
 
 
 class Meter:
@@ -60,9 +62,8 @@ class Meter:
         self._applied += 1
         self._last = values
         for name, number in values.items():
-            if name not in (*_COUNTED, "rows", "why", "norms", "by_source") and math.isfinite(number):
+            if name not in (*_COUNTED, *_LIMITS, "rows", "why", "norms", "by_source"):
                 self._sums[name] = self._sums.get(name, 0.0) + number
-
         for name, pair in values.get("by_source", {}).items():
             before = self._by_source.get(name, [0.0, 0.0])
             self._by_source[name] = [before[0] + pair[0], before[1] + pair[1]]
@@ -86,6 +87,7 @@ class Meter:
             "updates": self._own_updates,
             **{name: total / self._applied for name, total in self._sums.items()},
             **({"loss_by_source": losses} if losses else {}),
+            **{name: self._last[name] for name in _LIMITS if math.isfinite(self._last.get(name, math.inf))},
             **({"norms": self._last["norms"]} if "norms" in self._last else {}),
             **({"bad_examples": int(self._counts["bad_examples"])} if self._counts["bad_examples"] else {}),
             **({"skipped": self.updates - self._applied} if self._applied < self.updates else {}),

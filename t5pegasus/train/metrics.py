@@ -16,6 +16,7 @@ from t5pegasus.chips import find_chip
 from t5pegasus.config import RunConfig
 from t5pegasus.errors import writing
 from t5pegasus.model.flops import training_flops_per_row
+from t5pegasus.storage import write_bytes
 from t5pegasus.train.tensorboard import EventFile
 from t5pegasus.train.wandb_log import WandbLog
 
@@ -76,10 +77,9 @@ class MetricsWriter:
             line.get("plan_hash") not in (None, *plan_hashes) or line.get("rollback", 0) > rollbacks for line in kept
         )
         kept = kept[: next((index for index, again in enumerate(made_again) if again), None)]
-        self.dropped = [line for line in found if not any(line is each for each in kept)]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(_line(record) for record in kept), encoding="utf-8")
-        temporary.replace(self.path)
+        stays = set(map(id, kept))
+        self.dropped = [line for line in found if id(line) not in stays]
+        write_bytes(self.path, "".join(map(_line, kept)).encode())
         self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard = EventFile(run_path / "tensorboard", purge_step=from_step + 1)
         self.wandb = wandb

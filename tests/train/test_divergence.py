@@ -15,7 +15,9 @@ from t5pegasus.errors import DivergedError, PreemptedError
 from t5pegasus.sharding import make_mesh, place_batch
 from t5pegasus.train import run as run_module
 from t5pegasus.train.control import Control, Request
+from t5pegasus.train.course import Course
 from t5pegasus.train.divergence import Why, init_recent, judge_update
+from t5pegasus.train.meter import Meter
 from t5pegasus.train.metrics import MetricsWriter, read_metrics
 from t5pegasus.train.run import RunPaths, train_run
 from t5pegasus.train.state import init_state, state_to_arrays
@@ -121,6 +123,18 @@ def test_a_spike_stands_out_of_the_window_and_a_new_level_is_learnt(config):
     assert seen[-1] == Why(0)
     assert int(recent["count"]) == len(losses) - 1  # what is not finite is not remembered
     assert float(limits["loss_limit"]) < 9.0
+
+
+def test_reported_limits_are_those_of_the_last_update_and_not_a_mean_of_some(config):
+    meter = Meter(config, Control(), Course())
+    counts = dict.fromkeys(("source_tokens", "target_tokens", "examples", "bad_examples"), 1.0)
+    for limit in (float("inf"), 5.0, 4.0):
+        meter.add(
+            {**counts, "rows": 8, "why": Why(0), "loss": 2.0, "loss_limit": limit, "grad_norm_limit": float("inf")}
+        )
+    record = meter.report()
+    assert (record["loss"], record["loss_limit"]) == (2.0, 4.0)
+    assert "grad_norm_limit" not in record  # there is none yet
 
 
 def test_skips_are_on_record_and_a_killed_run_skips_the_same(tmp_path, without_heldout, skipping, poisoned):

@@ -193,6 +193,19 @@ def test_samples_without_heldout_text_are_refused(tmp_path, examples_path, confi
         train_run(anyhow, RunPaths(tmp_path / "run", examples_path / "heldout"), sampler=sample)
 
 
+def test_a_damaged_line_of_the_account_is_passed_over_and_named(tmp_path, caplog):
+    first = Goodput()
+    first.begin(tmp_path, 0, Control())
+    first.write(4, {"step": 2.0}, at_once=True)
+    path = tmp_path / "goodput.jsonl"
+    path.write_bytes(b"\0\0\0\n[1]\n" + path.read_bytes())
+    second = Goodput()
+    second.begin(tmp_path, 4, Control())
+    assert caplog.text.count("dropping a damaged line") == 2
+    totals = second.totals(8, {"step": 3.0})
+    assert (totals["num_attempts"], totals["seconds"]["step"]) == (2, 5.0)
+
+
 def test_a_rollback_counts_as_lost_work_of_its_own_attempt(tmp_path):
     goodput = Goodput()
     goodput.begin(tmp_path, 0, Control())

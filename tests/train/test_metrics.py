@@ -48,6 +48,15 @@ def test_records_behind_the_checkpoint_go_and_lines_that_are_none_are_named(tmp_
     assert [record["step"] for record in read_metrics(path)] == [2, 4]
 
 
+def test_what_is_dropped_on_opening_is_known_in_its_order(tmp_path):
+    with MetricsWriter(tmp_path, -1) as metrics:
+        for step in (1, 2, 3, 4, 4, 3, 1):  # equal records are records of their own
+            metrics.write("train", step, loss=1.0)
+    with MetricsWriter(tmp_path, 2) as metrics:
+        assert [record["step"] for record in metrics.dropped] == [3, 4, 4, 3]
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 1]
+
+
 def test_a_full_disk_is_noticed_where_the_record_is_written(tmp_path, monkeypatch):
     metrics = MetricsWriter(tmp_path, -1)
     metrics.write("train", 1, loss=2.0)
