@@ -154,7 +154,7 @@ def train_under_fire(soak: Soak) -> Counter[str]:
             if code != 0 and not (struck and code in CODES[kind]):
                 soak.fail(f"{fault if struck else 'no fault'}: the job ended with exit code {code}")
             counts["bit flip"] += bool(flipped)
-            counts[kind] += struck
+            counts[kind] += struck and code != 0  # else the job was done before it struck
             counts["restarts"] += 1
             now = max(soak.checkpoints(), default=0)
             reached = max(reached, _reached(soak))
