@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Any
 
 import pytest
-from gcp_storage_emulator import server
+from gcp_storage_emulator import server, storage
 from gcp_storage_emulator.handlers import objects
 
 BUCKET = "bucket"
@@ -99,6 +99,8 @@ def run_google_store() -> Iterator[GoogleStore]:
         patch.setattr(http.server, "HTTPServer", _Server)
         patch.setattr(server.Router, "handle", handle_or_fail)
         patch.setattr(objects, "_multipart_upload", upload_if_new)
+        # It would write down all that it holds after each object; nobody reads that.
+        patch.setattr(storage.Storage, "_write_config_to_file", lambda _: None)
         patch.setenv("STORAGE_EMULATOR_HOST", f"http://localhost:{port}")
         google.open_google_store.cache_clear()
         with server.create_server("localhost", port, in_memory=True, default_bucket=BUCKET):

@@ -116,6 +116,14 @@ def test_a_large_file_goes_up_in_parts_and_is_whole(
     assert (tmp_path / "back").read_bytes() == content
 
 
+@pytest.mark.parametrize("end", [b"\r", b"\n", b"\r\n", b"\n\r", b"--==0==", b"\n--==0==--\r"])
+def test_an_object_may_end_as_it_likes(end: bytes, google: GoogleStore, bucket: Any):
+    """It goes up between boundaries in lines of their own, and is all of what lies between them."""
+    for content in (end, b"0123456789" + end):
+        write_bytes(bucket / "x", content)
+        assert (bucket / "x").read_bytes() == content
+
+
 def test_only_one_writer_creates_and_a_lost_answer_is_no_other_writer(google: GoogleStore, bucket: Any):
     write_bytes(bucket / "x", b"me", create=True)
     write_bytes(bucket / "x", b"me", create=True)  # as if the first answer had been lost
