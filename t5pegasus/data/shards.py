@@ -8,6 +8,7 @@ Examples of span corruption are stored whole, as sources without specials and wi
 says how they are corrupted when they are read (`data.span_corruption`).
 """
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
@@ -106,6 +107,7 @@ class ExampleShards:
 
         Raises:
             IndexError: if an index is outside [0, len).
+            OSError: if the disk fails, which says nothing of the record.
         """
         wanted = np.asarray(indices, np.int64)
         if wanted.size and (wanted.min() < 0 or wanted.max() >= len(self)):
@@ -116,7 +118,8 @@ class ExampleShards:
         for shard in np.unique(of_shard):
             places = np.flatnonzero(of_shard == shard)
             within = (wanted[places] - self._starts[shard]).tolist()
-            for place, record in zip(places.tolist(), _read_records(self._readers[shard], within)):
+            path = self.path / self.shards[shard].file
+            for place, record in zip(places.tolist(), _read_records(self._readers[shard], within, path)):
                 if isinstance(record, Exception):
                     unread[place] = f"its record cannot be read ({record})"
                 else:
@@ -149,6 +152,8 @@ class ExampleShards:
             )
 
     def _open(self, shard: Shard) -> ArrayRecordReader:
+        with (self.path / shard.file).open("rb"):  # for what the system refuses: the reader would find no records
+            pass
         try:
             reader = ArrayRecordReader(str(self.path / shard.file), _READER_OPTIONS)
         except RuntimeError as error:
@@ -194,11 +199,13 @@ class ExampleShards:
         )
 
 
-def _read_records(reader: ArrayRecordReader, indices: list[int]) -> list[bytes | Exception]:
+def _read_records(reader: ArrayRecordReader, indices: list[int], path: Path) -> list[bytes | Exception]:
     """All at once, or, where one of them is damaged, each by itself."""
     try:
         return reader.read(indices)
     except (RuntimeError, IndexError) as error:
+        if "() failed: " in str(error):  # Riegeli names the system call; all else is about the content
+            raise OSError(errno.EIO, str(error), str(path)) from error
         if len(indices) == 1:
             return [error]
-        return [record for index in indices for record in _read_records(reader, [index])]
+        return [record for index in indices for record in _read_records(reader, [index], path)]

@@ -1,15 +1,20 @@
 """What is damaged behind the table is left out by name, alike everywhere; what can be seen at start is refused."""
 
+import contextlib
+import errno
+import itertools
 import json
 import os
+import resource
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import DataConfig
-from t5pegasus.data.loader import PackedRows
+from t5pegasus.data.loader import PackedRows, load_batches
 from t5pegasus.data.quarantine import Quarantine
 from t5pegasus.data.records import Example, pack_record, token_dtype, unpack_records
 from t5pegasus.data.shard_files import shard_name
@@ -66,6 +71,35 @@ def test_a_damaged_record_leaves_its_segment_empty_and_all_else_as_it_was(folder
     named = [record.getMessage() for record in caplog.records]
     assert len(named) == 3  # each once, however often its row is read
     assert all(shard_name(index // 30, 3) in line and f"example {index} " in line for index, line in zip(bad, named))
+
+
+def test_a_disk_that_fails_is_no_bad_example(tmp_path):
+    """Another process may read the same row from a disk that works."""
+    folder = write_examples(tmp_path / "examples", random_examples(3000, seed=6))
+    with PackedRows(folder, DATA, PAD, START) as rows:
+        path = folder / shard_name(1, 3)
+        opened = [int(link.name) for link in Path("/proc/self/fd").iterdir() if link.resolve() == path]
+        failing = os.open(tmp_path, os.O_RDONLY)  # reading a folder fails
+        for descriptor in opened:
+            os.dup2(failing, descriptor)
+        os.close(failing)
+        batches = load_batches(rows, rows.num_rows, 0)
+        with contextlib.closing(batches), pytest.raises(OSError, match=r"pread\(\) failed") as raised:
+            next(batches)
+    assert (raised.value.errno, raised.value.filename) == (errno.EIO, str(path))
+
+
+def test_too_many_open_files_are_no_damage(tmp_path):
+    folder = write_examples(tmp_path / "examples", EXAMPLES, 8)
+    opened = {int(link.name) for link in Path("/proc/self/fd").iterdir()}
+    free = (number for number in itertools.count() if number not in opened)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, 6, None)), hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            ExampleShards(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_more_of_them_than_allowed_end_the_run(folder):
