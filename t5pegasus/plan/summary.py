@@ -37,9 +37,9 @@ def format_plan(plan: PlannedStep, name: str, fix: Searched | None = None) -> st
 
 def format_search(searched: Searched, name: str) -> str:
     """The candidates that were tried, as a table, and the best one in whole."""
-    header = f"  {'mesh':<34}{'remat':<8}{'accumulation':<14}{'memory':<16}{'step':<12}MFU"
+    header = f"  {'mesh':<40}{'remat':<8}{'accumulation':<14}{'memory':<16}{'step':<12}MFU"
     rows = [
-        f"  {_mesh(each):<34}{each.config.train.remat:<8}{each.config.train.accumulation_steps:<14}"
+        f"  {_mesh(each):<40}{each.config.train.remat:<8}{each.config.train.accumulation_steps:<14}"
         f"{each.memory.total / GIB:6.2f} GiB{'' if each.memory.fits else ' no':<6}"
         + (f"{1e3 * each.prediction.step:8.1f} ms {100 * each.mfu:4.0f} %" if each.prediction else "")
         for each in searched.tried

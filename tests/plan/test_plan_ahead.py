@@ -143,6 +143,10 @@ def test_a_search_gives_the_fastest_that_fits():
     times = [each.prediction.step for each in searched.tried]
     assert times == sorted(times)
     assert "best: --mesh.data -1 --mesh.fsdp" in format_search(searched, "large")
+    over_nodes = search(configure("base"), parse_topology("h100:64"), num_compiled=9)
+    rows = [row.split() for row in format_search(over_nodes, "base").splitlines()[2:11]]
+    assert {row[1] + row[2] for row in rows} == {"(8slices)"}
+    assert {row[5] for row in rows} <= {"none", "dots", "full"}
 
 
 def test_what_does_not_fit_gets_a_way_out_that_does():
