@@ -22,7 +22,7 @@ INSTALLED_TPU := $(VENV)/.installed-tpu
 # Tests spend their time compiling, which takes one core.
 PARALLEL ?= 2
 
-# A third faster on a CPU: XLA takes its buffers anew at every step (benchmarks/huge_pages.py).
+# Steps on a CPU take an eighth less: XLA takes its buffers anew at every step (benchmarks/host_memory.py).
 HUGE_PAGES := GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 
 .PHONY: help install quickstart test test-parity test-all test-tpu-compile lint types contracts

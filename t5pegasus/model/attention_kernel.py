@@ -5,6 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from t5pegasus.model.backward import add_bias
 from t5pegasus.sharding import constrain
 
 CUDNN_HEAD_SIZES = range(8, 129, 8)
@@ -30,7 +31,8 @@ def plain_attention(
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("bthk,bhks->bhts", query, keys, preferred_element_type=wide)
     if bias is not None:
-        logits += jnp.broadcast_to(bias.astype(wide), logits.shape)
+        bias = bias.astype(wide)
+        logits = add_bias(logits, bias) if len(bias) < len(logits) else logits + bias
     logits = jnp.where(mask[:, None], logits, jnp.finfo(wide).min / 2)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("bhts,bhsk->bhtk", weights, values)

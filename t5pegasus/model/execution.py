@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from t5pegasus.model.backward import PRODUCT
 from t5pegasus.sharding import constrain
 
 LAYER_INPUT = "layer_input"
@@ -45,7 +46,7 @@ class Execution:
             case "none":
                 return step
             case "dots":
-                policy = policies.dots_with_no_batch_dims_saveable
+                policy = policies.save_only_these_names(PRODUCT)
             case "full":
                 policy = policies.nothing_saveable
             case "offload":

@@ -6,6 +6,7 @@ from flax import nnx
 
 from t5pegasus.axes import ParamSpec
 from t5pegasus.config import ModelConfig
+from t5pegasus.model.backward import gated_gelu, project
 from t5pegasus.model.sizes import axis_size
 from t5pegasus.sharding import constrain
 
@@ -57,15 +58,15 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, dropout: "Dropout") -> jax.Array:
         """[batch, length, embed] → the same shape."""
         if self.activation == "relu":
-            hidden = jax.nn.relu(jnp.einsum("btd,df->btf", x, self.wi[...].astype(x.dtype)))
+            hidden = jax.nn.relu(project("btd,df->btf", x, self.wi[...].astype(x.dtype)))
         else:
-            gate = jnp.einsum("btd,df->btf", x, self.wi_0[...].astype(x.dtype))
-            gate = jax.nn.gelu(gate, approximate=self.activation == "gated-gelu")
-            hidden = gate * jnp.einsum("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
+            gate = project("btd,df->btf", x, self.wi_0[...].astype(x.dtype))
+            up = project("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
+            hidden = gated_gelu(gate, up, self.activation == "gated-gelu")
         hidden = constrain(hidden, "batch", "length", "mlp")
         if self.drops:
             hidden = dropout(hidden, "mlp")
-        return jnp.einsum("btf,fd->btd", hidden, self.wo[...].astype(x.dtype))
+        return project("btf,fd->btd", hidden, self.wo[...].astype(x.dtype))
 
 
 class Dropout:
@@ -107,6 +108,17 @@ class Dropout:
         if self.row_keys is None:
             return x
         shape = tuple(1 if axis == shared_axis else size for axis, size in enumerate(x.shape))[1:]
-        keys = self.fold(self.PLACES.index(place)).row_keys
-        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - self.rate, shape))(keys)
+        kept = self.fold(self.PLACES.index(place))._draw(shape)
         return jnp.where(kept, x / (1.0 - self.rate), 0).astype(x.dtype)
+
+    def _draw(self, shape: tuple[int, ...]) -> jax.Array:
+        """Bool [batch, *shape], True with probability 1 − rate, for which 16 random bits are enough.
+
+        The two halves of a number are two neighbours in the first dimension of `shape`, so that entries which are
+        next to one another in memory take theirs from numbers which are, too, and no device needs another's.
+        """
+        length, *rest = shape
+        numbers = jax.vmap(lambda key: jax.random.bits(key, (-(-length // 2), *rest)))(self.row_keys)
+        limit = round((1.0 - self.rate) * 2**16)
+        kept = jnp.stack([numbers & 0xFFFF < limit, numbers >> 16 < limit], axis=2)
+        return kept.reshape(len(kept), -1, *rest)[:, :length]

@@ -11,7 +11,7 @@ from t5pegasus.batch import Batch
 from t5pegasus.config import TrainConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.train.chunked_loss import ChunkedHead, sum_chunked_losses
-from t5pegasus.train.loss import smooth_labels, split_by_source, sum_losses
+from t5pegasus.train.loss import first_highest, smooth_labels, split_by_source, sum_losses
 from t5pegasus.train.noise import disturb_decoder_inputs
 
 VOCABULARY = 128
@@ -142,6 +142,11 @@ def test_noise_that_is_off_returns_the_very_batch(packed, run_config):
 def test_settings_outside_their_range_are_named(fields, message):
     with pytest.raises(UsageError, match=message):
         TrainConfig(**fields)
+
+
+def test_the_first_of_equal_logits_is_the_one_that_counts():
+    logits = np.random.default_rng(0).integers(0, 4, (50, 9)).astype(np.float32)
+    np.testing.assert_array_equal(first_highest(logits), np.argmax(logits, axis=-1))
 
 
 def test_losses_by_source_add_up_and_are_alike_by_chunks():
