@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 import jax
+import numpy as np
 
 from t5pegasus.checkpoint.folder import checkpoints_folder, find_process
 from t5pegasus.checkpoint.info import CheckpointInfo
@@ -80,7 +81,7 @@ class CheckpointWriter:
             with contextlib.suppress(Exception):  # the first error is the one to report; this one is in the log
                 self.finish()
 
-    def save(self, arrays: Mapping[str, jax.Array], info: CheckpointInfo, retention: Retention) -> Stall:
+    def save(self, arrays: Mapping[str, jax.Array | np.ndarray], info: CheckpointInfo, retention: Retention) -> Stall:
         """Begin to write `checkpoints/STEP`; the arrays may be donated when this returns.
 
         Args:
