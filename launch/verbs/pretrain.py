@@ -167,12 +167,12 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
     """Print the checkpoint, its held-out losses and what to do next, once per job."""
     import jax
 
-    from t5pegasus.checkpoint import best_steps, find_last_good, load_checkpoint_info
+    from t5pegasus.checkpoint import best_steps, find_last_good, load_checkpoint_info, verify_structure
     from t5pegasus.train.early_stopping import has_stopped
 
     if jax.process_index() != 0:
         return
-    info = load_checkpoint_info(find_last_good(run_path) or checkpoint)
+    info = load_checkpoint_info(find_last_good(run_path, verify_structure) or checkpoint)
     if info.history:
         last_at = {entry["step"]: entry["loss"] for entry in info.history}  # a grown run begins with its source's step
         losses = ", ".join(f"{loss:.4f} at step {step}" for step, loss in list(last_at.items())[-3:])

@@ -18,7 +18,7 @@ from t5pegasus.checkpoint.folder import (
     verify_structure,
 )
 from t5pegasus.checkpoint.info import CheckpointInfo, best_steps, load_checkpoint_info
-from t5pegasus.checkpoint.load import find_together, load_matching, load_parameters, load_together
+from t5pegasus.checkpoint.load import find_together, load_matching, load_parameters, load_together, verify_together
 from t5pegasus.checkpoint.retention import Retention, remove_old_checkpoints
 from t5pegasus.checkpoint.save import save_arrays, save_checkpoint
 from t5pegasus.checkpoint.writer import CheckpointWriter, Stall
@@ -53,4 +53,5 @@ __all__ = [
     "synchronise",
     "verify_checkpoint",
     "verify_structure",
+    "verify_together",
 ]

@@ -56,12 +56,13 @@ def find_last_good(
     return None
 
 
-def find_best(run_path: Path) -> Path | None:
+def find_best(run_path: Path, verify: Callable[[Path], Any] = verify_for_use) -> Path | None:
     """The checkpoint to use a run by: the best one if it keeps that (`train.keep_best`), else its last good one.
 
     A best one that is damaged or gone is named in the log, and the one that was best before, or the last one, is taken.
+    `verify` is as in `find_last_good`.
     """
-    last = find_last_good(run_path)
+    last = find_last_good(run_path, verify)
     if last is None:
         return None
     for step in reversed(best_steps(load_checkpoint_info(last).history)):
@@ -69,7 +70,7 @@ def find_best(run_path: Path) -> Path | None:
         if path == last:
             return last
         try:
-            verify_for_use(path)
+            verify(path)
         except ArtifactError as error:
             logger.warning("the best checkpoint of %s cannot be used: %s", run_path, error)
         else:
@@ -77,16 +78,18 @@ def find_best(run_path: Path) -> Path | None:
     return last
 
 
-def find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path, verify: Callable[[Path], Any] = verify_for_use) -> Path:
     """The checkpoint a user means: this very folder, or the best or last good one of a run folder (`find_best`).
+
+    `verify` is as in `find_last_good`.
 
     Raises:
         ArtifactError: if there is none, or it is damaged.
     """
     if (path / INFO).is_file():
-        verify_for_use(path)
+        verify(path)
         return path
-    found = find_best(path) if path.is_dir() else None
+    found = find_best(path, verify) if path.is_dir() else None
     if found is None:
         raise ArtifactError(
             f"{path} is neither a checkpoint (a folder with checkpoint.json and {MANIFEST}) nor a run with one "

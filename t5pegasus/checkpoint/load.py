@@ -2,6 +2,7 @@
 
 import fnmatch
 import logging
+import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from t5pegasus.arrays import list_arrays, load_arrays
-from t5pegasus.checkpoint.folder import find_process, has_ema, list_checkpoints
+from t5pegasus.checkpoint.folder import find_process, has_ema, list_checkpoints, require_manifest
 from t5pegasus.errors import ArtifactError, UsageError
-from t5pegasus.manifest import DamagedError
+from t5pegasus.manifest import DamagedError, verify_manifest
 
 logger = logging.getLogger(__name__)
 
@@ -118,10 +119,30 @@ def load_together(path: Path, shardings: Mapping[str, jax.sharding.Sharding]) ->
         arrays = load_arrays(path, shardings=shardings)
     except DamagedError as error:
         damage = error
+    _raise_together(path, damage)
+    return arrays
+
+
+def verify_together(path: Path) -> None:
+    """`verify_checkpoint`, each process its share of the files, or the same kind of error in all; all call it.
+
+    Raises:
+        DamagedError: if a file is missing, surplus, of another size or of other content.
+        ArtifactError: if it is no finished checkpoint.
+    """
+    (index, count), damage = find_process(), None
+    require_manifest(path)
+    try:
+        verify_manifest(path, contents=lambda name: zlib.crc32(name.encode()) % count == index)
+    except DamagedError as error:
+        damage = error
+    _raise_together(path, damage)
+
+
+def _raise_together(path: Path, damage: DamagedError | None) -> None:
     if find_process()[1] > 1:
         found = np.asarray(multihost_utils.process_allgather(np.array(damage is not None)))
         if found.any() and damage is None:
             raise DamagedError(path, f"process {int(np.argmax(found))} found a damaged file, which it names")
     if damage is not None:
         raise damage
-    return arrays

@@ -32,6 +32,7 @@ from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.course import Course, read_course
 from t5pegasus.train.data_sources import follow_mixture
 from t5pegasus.train.divergence import init_recent, spike_window
+from t5pegasus.train.early_stopping import forget_best
 from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.optimizer import Moments, declare_moments
 from t5pegasus.train.phases import Event, check_events_kept, config_after
@@ -107,7 +108,10 @@ def find_origin(
     if start_from is not None:
         path = find_checkpoint(start_from)
         if keep_state and has_optimizer_state(path):
-            return _restore(path, config, mesh, manifest, weights, reset_rows=reset_rows)
+            origin = _restore(path, config, mesh, manifest, weights, reset_rows=reset_rows)
+            # What that run was in the middle of is not for this one to end.
+            course = Course(history=forget_best(origin.course.history), flops=origin.course.flops)
+            return origin._replace(course=course)
         return _restore_parameters(path, config, mesh, manifest, weights)
 
     def init() -> TrainState:

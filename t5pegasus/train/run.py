@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,13 @@ from t5pegasus.checkpoint import (
     best_steps,
     find_checkpoint,
     finish_saves,
-    verify_checkpoint,
+    verify_structure,
+    verify_together,
 )
 from t5pegasus.config import RunConfig, TrainConfig
 from t5pegasus.data.loader import load_batches
 from t5pegasus.data.mixed_rows import MixedRows
-from t5pegasus.errors import DivergedError, UsageError
+from t5pegasus.errors import DivergedError, PreemptedError, UsageError
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
 from t5pegasus.storage import working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
@@ -33,7 +34,7 @@ from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
 from t5pegasus.train.data_sources import open_data
 from t5pegasus.train.divergence import RollbackNeededError
-from t5pegasus.train.early_stopping import forget_best, has_stopped
+from t5pegasus.train.early_stopping import has_stopped
 from t5pegasus.train.estimate import prepare_step
 from t5pegasus.train.evaluation import Sampler, Scorer, check_keep_best, check_samples, make_evaluate, make_sample
 from t5pegasus.train.goodput import Goodput
@@ -55,6 +56,8 @@ from t5pegasus.train.step import make_train_step
 
 logger = logging.getLogger(__name__)
 
+_COMMON_ERRORS = (RollbackNeededError, DamagedError, DivergedError, PreemptedError)
+"""All processes of a job raise them at the same place."""
 _SEAM_ROWS = 64
 """On which to compare the models around an event, where nothing is held out."""
 
@@ -193,10 +196,9 @@ def _train(
         profiler = Profiler(train, folder.path / "profile")
         stack.callback(profiler.stop)
         writer = stack.enter_context(
-            CheckpointWriter(
-                paths.run_path, require_ours=folder.push, common_errors=(RollbackNeededError, DivergedError)
-            )
+            CheckpointWriter(paths.run_path, require_ours=folder.push, common_errors=_COMMON_ERRORS)
         )
+        stack.enter_context(_unhurried(control))
         run = Run(
             events=events,
             mesh=mesh,
@@ -218,7 +220,17 @@ def _train(
             state = state._replace(rows=jax.device_put(np.uint32(start_row), state.rows.sharding))
         phase = Phase(origin.config, origin.lineage, course)
         train_phases(run, state, phase, update, origin.path, begins=not origin.resumed)
-    return find_checkpoint(paths.run_path)
+    return find_checkpoint(paths.run_path, verify_structure)  # its arrays have just been written
+
+
+@contextlib.contextmanager
+def _unhurried(control: Control) -> Iterator[None]:
+    """Behind an error that all processes raise none waits for one that is gone: the way out may take its time."""
+    try:
+        yield
+    except _COMMON_ERRORS:
+        control.failing = None
+        raise
 
 
 def _finished(run_path: Path, origin: Origin, train: TrainConfig, *, stopped: bool) -> Path:
@@ -228,10 +240,10 @@ def _finished(run_path: Path, origin: Origin, train: TrainConfig, *, stopped: bo
         DamagedError: if its last one is not whole, and so to be made again: nothing has read its arrays yet.
     """
     if origin.resumed and origin.path is not None:
-        verify_checkpoint(origin.path)
+        verify_together(origin.path)
     why = f", stopped early by train.patience={train.patience}" if stopped else ""
     logger.info("%s: finished, at step %d of %d%s", run_path, origin.step, train.steps, why)
-    return find_checkpoint(run_path)
+    return find_checkpoint(run_path, verify_structure)
 
 
 def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainState, course: Course) -> None:
@@ -256,12 +268,9 @@ def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainS
 
 def _go_back(origin: Origin, rollbacks: Sequence[dict[str, Any]]) -> tuple[Course, int]:
     """The course, and the row to go on from, behind those that the checkpoint does not know of."""
-    course = origin.course
-    if not origin.resumed:
-        course = course._replace(history=forget_best(course.history))
     if not rollbacks:
-        return course, origin.rows
-    return course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
+        return origin.course, origin.rows
+    return origin.course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
 
 
 def _measure_seams(rows: MixedRows, heldout_rows: MixedRows | None, mesh: Mesh) -> Measurement:

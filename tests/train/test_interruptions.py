@@ -136,6 +136,25 @@ def test_stopped_in_evaluations_it_makes_up_for_them(whole, tmp_path, examples_p
     assert total["lost_steps"] == 0
 
 
+@pytest.mark.slow
+def test_a_run_begun_from_a_stopped_one_does_not_end_what_that_one_was_in_the_middle_of(
+    tmp_path, examples_path, config
+):
+    source = RunPaths(tmp_path / "source", examples_path)
+    with pytest.raises(PreemptedError):
+        train_run(config, source, sampler=sample, control=StopIn("evaluate", 4))
+    assert load_checkpoint_info(find_last_good(source.run_path)).course.keys() == {"owed", "interval"}
+    losses = {}
+    for every in (1, 3):
+        train = dataclasses.replace(config.train, steps=6, log_every_steps=every, profile_steps="")
+        paths = RunPaths(tmp_path / str(every), examples_path, start_from=source.run_path)
+        train_run(dataclasses.replace(config, train=train), paths, sampler=sample)
+        records = read_metrics(paths.run_path / "metrics.jsonl")
+        assert [record["step"] for record in records if record["kind"] == "heldout"] == [4, 6]
+        losses[every] = [record["loss"] for record in records if record["kind"] == "train"]
+    assert losses[3] == [pytest.approx(sum(losses[1]) / 2)]
+
+
 def test_all_time_is_accounted_for_and_what_is_done_again_is_lost(whole, tmp_path, config, examples_path, fake_wandb):
     paths = RunPaths(tmp_path / "run", examples_path)
     logged = dataclasses.replace(config, train=dataclasses.replace(config.train, wandb_project="summaries"))
