@@ -1,7 +1,9 @@
 """Laws of a run folder: resuming equals never having stopped, damage is seen, mismatches stop at the border."""
 
 import dataclasses
+import itertools
 
+import jax
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, l
 from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.json_files import read_json
+from t5pegasus.train import loop, visit
+from t5pegasus.train.meter import read_numbers
 from t5pegasus.train.metrics import read_metrics
 from t5pegasus.train.run import RunPaths, train_run
 
@@ -37,6 +41,38 @@ def test_a_run_learns_and_leaves_what_it_promises(whole, run_config):
     assert info.history[-1]["loss"] < info.history[0]["loss"] - 0.3
     assert [record["step"] for record in records(whole, "train")] == list(range(1, 9))
     assert list((whole / "tensorboard").iterdir())
+
+
+def test_the_next_update_is_sent_before_the_last_ones_numbers_are_read(
+    tmp_path, examples_path, run_config, monkeypatch
+):
+    """The device has a batch and an update waiting whenever the host waits for it."""
+    events, original = [], loop.run
+
+    def watched(state, train_step, batches, *args, **kwargs):
+        def fetch():
+            for number, batch in enumerate(batches, 1):
+                assert all(isinstance(field, jax.Array) for field in jax.tree.leaves(batch)), "not on the devices yet"
+                events.append(("fetch", number))
+                yield batch
+
+        def send(state, batch):
+            events.append(("send", int(sum(event[0] == "send" for event in events)) + 1))
+            return train_step(state, batch)
+
+        return original(state, send, fetch(), *args, **kwargs)
+
+    def read(config, values, *, with_norms):
+        numbers = read_numbers(config, values, with_norms=with_norms)
+        events.append(("read", numbers["rows"] // config.train.batch_size))
+        return numbers
+
+    monkeypatch.setattr(loop, "run", watched)
+    monkeypatch.setattr(visit, "read_numbers", read)
+    quiet = with_train(run_config, steps=5, evaluate_every_steps=5, save_every_steps=5)
+    train_run(quiet, RunPaths(tmp_path / "run", examples_path))
+    ahead = [[("fetch", n + 1), ("send", n + 1), ("read", n)] for n in range(1, 5)]
+    assert events == [("fetch", 1), ("send", 1), *itertools.chain.from_iterable(ahead), ("read", 5)]
 
 
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(whole, tmp_path, examples_path, run_config):
