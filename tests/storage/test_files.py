@@ -210,3 +210,15 @@ def test_an_object_store_has_no_append_and_no_rename(remote: Any):
     with pytest.raises(OSError, match="no rename"):
         (remote / "x").rename(remote / "y")
     assert open_path("memory://bucket/x") != Path("memory://bucket/x")
+
+
+def test_a_folder_goes_only_when_it_holds_nothing(place: Path):
+    folder = place / "run"
+    folder.mkdir()
+    write_bytes(folder / "x", b"kept")
+    with pytest.raises(OSError):
+        folder.rmdir()
+    assert list_files(place) == {"run/x": 4}
+    (folder / "x").unlink()
+    folder.rmdir()
+    assert not folder.exists()
