@@ -74,8 +74,10 @@ def split_by_source(sums: LossSums, weights: jax.Array, source_ids: jax.Array, n
     nll, sums = sums.nll_by_row, sums._replace(nll_by_row=None)
     if num_sources < 2 or nll is None:
         return sums
-    of_source = jax.nn.one_hot(source_ids, num_sources, dtype=nll.dtype)
-    return sums._replace(by_source=jnp.stack([nll, jnp.sum(weights, axis=-1)]) @ of_source)
+    is_of_source = source_ids[None] == jnp.arange(num_sources)[:, None]
+    # No product with a one-hot: a TPU would round what it sums to bfloat16.
+    by_row = jnp.stack([nll, jnp.sum(weights, axis=-1)])[:, None]
+    return sums._replace(by_source=jnp.sum(jnp.where(is_of_source[None], by_row, 0), axis=-1))
 
 
 def smooth_labels(sums: LossSums, label_smoothing: float) -> jax.Array:
