@@ -1,12 +1,14 @@
 """The arrays of a checkpoint by dotted name: one zarr3 folder each, of which each process reads what its devices hold.
 
 A chunk is compared with the manifest in the same pass that brings it into memory, so that what was verified is what is
-used, and no byte is read twice.
+used, and no byte is read twice. Devices whose memory is the host's are read into; others are sent what was read.
 """
 
 import collections
+import ctypes
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ Bounds = tuple[tuple[int, int], ...]
 """Part of an array: start and stop in every dimension."""
 _NUM_THREADS = min(2 * (os.cpu_count() or 1) + 2, 16)
 """More than there are cores, since each waits for the disk in turn."""
+_ALIGNMENT = 64
+"""Bytes to whose multiples XLA aligns the memory of a CPU."""
 _BYTES_AHEAD = 256 << 20
 """Read before they are asked for, so that reading goes on while an array is put on its devices."""
 
@@ -90,32 +94,57 @@ class _Parts(NamedTuple):
 
     shape: tuple[int, ...]
     values: dict[Bounds, np.ndarray]
+    on_host: dict[Any, tuple[jax.Array, np.ndarray]]
+    """By device whose memory is the host's: its part, and the view to fill it by. `values` are the first of these."""
 
     @classmethod
     def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> "_Parts":
         if sharding is None:
-            return cls(layout.shape, {find_bounds(None, layout.shape): np.empty(layout.shape, layout.dtype)})
-        indices = sharding.addressable_devices_indices_map(layout.shape).values()
-        bounds = sorted({find_bounds(index, layout.shape) for index in indices})
-        # Not memory that was used before: a device on the host may share it with NumPy, whatever it is asked for.
-        values = {each: np.empty([stop - start for start, stop in each], layout.dtype) for each in bounds}
-        return cls(layout.shape, values)
+            return cls(layout.shape, {find_bounds(None, layout.shape): np.empty(layout.shape, layout.dtype)}, {})
+        indices = sharding.addressable_devices_indices_map(layout.shape)
+        bounds = {device: find_bounds(index, layout.shape) for device, index in indices.items()}
+        shapes = {each: [stop - start for start, stop in each] for each in sorted(set(bounds.values()))}
+        if any(device.platform != "cpu" for device in bounds) or 0 in layout.shape:
+            return cls(layout.shape, {each: np.empty(shape, layout.dtype) for each, shape in shapes.items()}, {})
+        on_host = {device: _allocate_on(device, shapes[each], layout.dtype) for device, each in bounds.items()}
+        # Devices go backwards, so that of several with the same part the first one stays.
+        values = {bounds[device]: on_host[device][1] for device in reversed(bounds)}
+        return cls(layout.shape, values, on_host)
 
     def place(self, sharding: jax.sharding.Sharding | None) -> Any:
         """The array itself: on the devices of a sharding, or in this process's memory."""
         if sharding is None:
             return next(iter(self.values.values()))
-        shards = [
-            # Memory that the device shares with NumPy could not be donated to the first update.
-            jax.device_put(self.values[find_bounds(index, self.shape)], device, may_alias=False)
-            for device, index in sharding.addressable_devices_indices_map(self.shape).items()
-        ]
+        shards = []
+        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
+            part = self.values[find_bounds(index, self.shape)]
+            if device in self.on_host:
+                shard, view = self.on_host[device]
+                if view is not part:
+                    view[...] = part
+            else:
+                shard = jax.device_put(part, device)
+            shards.append(shard)
         jax.block_until_ready(shards)
         return jax.make_array_from_single_device_arrays(self.shape, sharding, shards)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(each.nbytes for each in self.values.values())
+
+def _allocate_on(device: Any, shape: Sequence[int], dtype: np.dtype) -> tuple[jax.Array, np.ndarray]:
+    """An array in memory of a device that is the host's own, and a view to fill it by, before anybody else sees it.
+
+    The device makes the memory its own by copying zeros. It would share NumPy's instead if that were aligned as it
+    likes, whatever it is asked for, and then copy it when the first update wants to write there.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
+    begin = (_ALIGNMENT // 2 - memory.ctypes.data) % _ALIGNMENT
+    zeros = memory[begin : begin + num_bytes].view(dtype).reshape(shape)
+    array = jax.block_until_ready(jax.device_put(zeros, device))
+    address = array.unsafe_buffer_pointer()
+    if address == zeros.ctypes.data:
+        raise RuntimeError(f"{device} shares memory that is {_ALIGNMENT // 2} bytes off its alignment with NumPy")
+    content = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
+    return array, content.view(dtype).reshape(shape)
 
 
 class _Reader:
@@ -129,20 +158,30 @@ class _Reader:
         self, names: Sequence[str], shardings: Mapping[str, jax.sharding.Sharding]
     ) -> Iterator[tuple[str, _Parts]]:
         """Arrays one after the other, while the next ones are being read."""
-        waiting: collections.deque[tuple[str, _Parts, list[Future[None]]]] = collections.deque()
+        waiting: collections.deque[tuple[str, int, Future[tuple[_Parts, list[Future[None]]]]]] = collections.deque()
         ahead = 0
+        layouts = dict(zip(names, self._pool.map(self._read_layout, names)))
         for name in (*names, None):
             while waiting and (name is None or ahead > _BYTES_AHEAD):
-                ready, parts, futures = waiting.popleft()
-                ahead -= parts.nbytes
+                ready, num_bytes, started = waiting.popleft()
+                ahead -= num_bytes
+                parts, futures = started.result()
                 for future in futures:
                     future.result()
                 yield ready, parts
             if name is not None:
-                layout = self._read_layout(name)
-                parts = _Parts.allocate(layout, shardings.get(name))
-                ahead += parts.nbytes
-                waiting.append((name, parts, [self._pool.submit(task) for task in self._tasks(name, layout, parts)]))
+                layout, sharding = layouts[name], shardings.get(name)
+                shape = layout.shape if sharding is None else sharding.shard_shape(layout.shape)
+                num_bytes = math.prod(shape) * layout.dtype.itemsize
+                ahead += num_bytes
+                waiting.append((name, num_bytes, self._pool.submit(self._start, name, layout, sharding)))
+
+    def _start(
+        self, name: str, layout: ArrayLayout, sharding: jax.sharding.Sharding | None
+    ) -> tuple[_Parts, list[Future[None]]]:
+        """Memory, which takes the kernel longer to hand out than to read from a page cache, and what will fill it."""
+        parts = _Parts.allocate(layout, sharding)
+        return parts, [self._pool.submit(task) for task in self._tasks(name, layout, parts)]
 
     def _read_layout(self, name: str) -> ArrayLayout:
         file = f"{FOLDER}/{name}/zarr.json"

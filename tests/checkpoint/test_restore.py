@@ -198,3 +198,23 @@ def test_arrays_that_come_one_after_the_other_share_no_memory(tmp_path, monkeypa
     save_checkpoint(tmp_path / "1", wanted, info_of(1), write_tokenizer(tmp_path))
     everywhere = jax.sharding.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
     require_equal(load_arrays(tmp_path / "1", shardings=dict.fromkeys(wanted, everywhere)), wanted)
+
+
+def test_each_device_has_memory_of_its_own_that_an_update_may_write_to(tmp_path):
+    wanted = {"parameters.table": np.arange(64 * 96, dtype=np.float32).reshape(64, 96), "step": np.int32(3)}
+    save_checkpoint(tmp_path / "1", wanted, info_of(1), write_tokenizer(tmp_path))
+    mesh = jax.make_mesh((2, 2), ("data", "fsdp"), devices=jax.devices()[:4])
+    shardings = {
+        "parameters.table": jax.sharding.NamedSharding(mesh, jax.P(None, "fsdp")),
+        "step": jax.sharding.NamedSharding(mesh, jax.P()),
+    }
+    loaded = load_arrays(tmp_path / "1", shardings=shardings)
+    require_equal(loaded, wanted)
+    shards = [shard.data for array in loaded.values() for shard in array.addressable_shards]
+    places = [shard.unsafe_buffer_pointer() for shard in shards]
+    assert len(set(places)) == len(shards) == 8
+    table = loaded["parameters.table"]
+    before = {shard.device: shard.data.unsafe_buffer_pointer() for shard in table.addressable_shards}
+    after = jax.jit(lambda array: array + 1, donate_argnums=0)(table)
+    assert {shard.device: shard.data.unsafe_buffer_pointer() for shard in after.addressable_shards} == before
+    np.testing.assert_array_equal(after, wanted["parameters.table"] + 1)
