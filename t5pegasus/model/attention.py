@@ -160,7 +160,7 @@ class Attention(nnx.Module):
         return keys.transpose(0, 2, 3, 1), values.transpose(0, 2, 1, 3)
 
     def _project(self, x: jax.Array, kernel: jax.Array) -> jax.Array:
-        projected = project("btd,dhk->bthk", x, kernel.astype(x.dtype))
+        projected = project("btd,dhk->bthk", x, kernel)
         return constrain(projected, "batch", "length", "heads", "qk")
 
     def attend(
@@ -192,7 +192,7 @@ class Attention(nnx.Module):
             values = dropout(values, f"{self.place}_weights", shared_axis=3)
         kernel = fused_attention if self.kernel == "cudnn" else plain_attention
         mixed = constrain(kernel(query, keys, values, mask, bias), "batch", "heads", "length", "vo")
-        return project("bhtk,hkd->btd", mixed, self.out[...].astype(x.dtype))
+        return project("bhtk,hkd->btd", mixed, self.out[...])
 
 
 def declare_relative_bias(config: ModelConfig, stack: str) -> nnx.Param:

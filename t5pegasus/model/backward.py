@@ -4,6 +4,7 @@ The results are autodiff's up to rounding. Only reverse mode is there.
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,39 +14,46 @@ PRODUCT = "product"
 """The name of what `project` returns, for remat policies, which do not see into it."""
 
 
-def project(dims: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    """The product of activations with weights, `jnp.einsum(dims, x, weights)`.
+def project(dims: str, x: jax.Array, weights: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The product of activations with weights, `jnp.einsum(dims, x, weights)`, in the type of the activations.
 
     In the gradient of the weights, a product over all positions, activations are the left factor. Autodiff puts their
     gradient there, which a CPU's matrix products want transposed: XLA then computes it anew in that order, GELU's
-    derivative and all.
+    derivative and all. That gradient leaves the product in the weights' own type: devices and micro-batches add up
+    float32, not what was rounded to bfloat16.
 
     Args:
         dims: such as "btd,df->btf"; every dimension of one of the three is in another, too.
         x: in the compute dtype.
-        weights: in the same.
+        weights: in the type of the parameters.
+        dtype: of the result; by default that of x.
     """
-    return checkpoint_name(_product(dims, x, weights), PRODUCT)
+    return checkpoint_name(_product(dims, dtype or x.dtype, x, weights), PRODUCT)
 
 
-def _multiply(dims: str, x: jax.Array, weights: jax.Array) -> jax.Array:
-    return jnp.einsum(dims, x, weights)
+def _multiply(dims: str, dtype: Any, x: jax.Array, weights: jax.Array) -> jax.Array:
+    return jnp.einsum(dims, x, weights.astype(x.dtype), preferred_element_type=dtype)
 
 
-_product = jax.custom_vjp(_multiply, nondiff_argnums=(0,))
+_product = jax.custom_vjp(_multiply, nondiff_argnums=(0, 1))
 
 
-def _product_forward(dims: str, x: jax.Array, weights: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return _multiply(dims, x, weights), (x, weights)
+def _product_forward(
+    dims: str, dtype: Any, x: jax.Array, weights: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _multiply(dims, dtype, x, weights), (x, weights)
 
 
-def _product_backward(dims: str, kept: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _product_backward(
+    dims: str, dtype: Any, kept: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     x, weights = kept
     inputs, of_y = dims.split("->")
     of_x, of_weights = inputs.split(",")
+    gradient = gradient.astype(x.dtype)
     return (
-        jnp.einsum(f"{of_y},{of_weights}->{of_x}", gradient, weights),
-        jnp.einsum(f"{of_x},{of_y}->{of_weights}", x, gradient),
+        jnp.einsum(f"{of_y},{of_weights}->{of_x}", gradient, weights.astype(x.dtype)),
+        jnp.einsum(f"{of_x},{of_y}->{of_weights}", x, gradient, preferred_element_type=weights.dtype),
     )
 
 

@@ -58,15 +58,15 @@ class FeedForward(nnx.Module):
     def __call__(self, x: jax.Array, dropout: "Dropout") -> jax.Array:
         """[batch, length, embed] → the same shape."""
         if self.activation == "relu":
-            hidden = jax.nn.relu(project("btd,df->btf", x, self.wi[...].astype(x.dtype)))
+            hidden = jax.nn.relu(project("btd,df->btf", x, self.wi[...]))
         else:
-            gate = project("btd,df->btf", x, self.wi_0[...].astype(x.dtype))
-            up = project("btd,df->btf", x, self.wi_1[...].astype(x.dtype))
+            gate = project("btd,df->btf", x, self.wi_0[...])
+            up = project("btd,df->btf", x, self.wi_1[...])
             hidden = gated_gelu(gate, up, self.activation == "gated-gelu")
         hidden = constrain(hidden, "batch", "length", "mlp")
         if self.drops:
             hidden = dropout(hidden, "mlp")
-        return project("btf,fd->btd", hidden, self.wo[...].astype(x.dtype))
+        return project("btf,fd->btd", hidden, self.wo[...])
 
 
 class Dropout:

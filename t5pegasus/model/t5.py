@@ -18,6 +18,7 @@ from t5pegasus.axes import ParamSpec
 from t5pegasus.batch import Batch
 from t5pegasus.config import ModelConfig
 from t5pegasus.model.attention import relative_bias
+from t5pegasus.model.backward import project
 from t5pegasus.model.embedding import look_up
 from t5pegasus.model.execution import PLAIN, Execution
 from t5pegasus.model.layers import Dropout, declare, rms_norm
@@ -152,7 +153,7 @@ class T5(nnx.Module):
     def logits(self, x: jax.Array, head: jax.Array) -> jax.Array:
         """What the head reads, [b, t, embed] → logits [b, t, vocab], float32 at least."""
         wide = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=wide)
+        logits = project("btd,dv->btv", x, head, wide)
         logits = constrain(logits, "batch", "length", "vocab")
         if self.config.num_masked_tokens == 0:
             return logits

@@ -36,6 +36,17 @@ def test_project_is_the_einsum_in_both_directions(dims):
         )
 
 
+def test_weights_get_the_gradient_of_their_own_type_that_was_never_rounded():
+    x, weights = draw(0, "btd", jnp.bfloat16), draw(1, "df", jnp.float32)
+    y, pull = jax.vjp(lambda x, weights: project("btd,df->btf", x, weights), x, weights)
+    gradient = draw(2, "btf", jnp.bfloat16)
+    of_x, of_weights = pull(gradient)
+    assert (y.dtype, of_x.dtype, of_weights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    exact = np.einsum("btd,btf->df", *(np.asarray(each, np.float64) for each in (x, gradient)))
+    np.testing.assert_allclose(of_weights, exact, rtol=1e-5, atol=1e-6)
+    assert project("btd,df->btf", x, weights, jnp.float32).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("approximate", [True, False])
 def test_gated_gelu_has_autodiffs_gradients_and_keeps_its_two_inputs(approximate):
     with jax.enable_x64(True):
