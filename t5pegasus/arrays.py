@@ -31,6 +31,8 @@ _NUM_THREADS = min(2 * (os.cpu_count() or 1) + 2, 16)
 """More than there are cores, since each waits for the disk in turn."""
 _ALIGNMENT = 64
 """Bytes to whose multiples XLA aligns the memory of a CPU."""
+_PIECE_BYTES = 1 << 20
+"""Read at once: the next piece is on its way from the disk while this one is looked at, in the processor's cache."""
 _BYTES_AHEAD = 256 << 20
 """Read before they are asked for, so that reading goes on while an array is put on its devices."""
 
@@ -98,7 +100,7 @@ class _Parts(NamedTuple):
     """By device whose memory is the host's: its part, and the view to fill it by. `values` are the first of these."""
 
     @classmethod
-    def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> "_Parts":
+    def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None, zeros: np.ndarray) -> "_Parts":
         if sharding is None:
             return cls(layout.shape, {find_bounds(None, layout.shape): np.empty(layout.shape, layout.dtype)}, {})
         indices = sharding.addressable_devices_indices_map(layout.shape)
@@ -106,7 +108,7 @@ class _Parts(NamedTuple):
         shapes = {each: [stop - start for start, stop in each] for each in sorted(set(bounds.values()))}
         if any(device.platform != "cpu" for device in bounds) or 0 in layout.shape:
             return cls(layout.shape, {each: np.empty(shape, layout.dtype) for each, shape in shapes.items()}, {})
-        on_host = {device: _allocate_on(device, shapes[each], layout.dtype) for device, each in bounds.items()}
+        on_host = {device: _allocate_on(device, shapes[each], layout.dtype, zeros) for device, each in bounds.items()}
         # Devices go backwards, so that of several with the same part the first one stays.
         values = {bounds[device]: on_host[device][1] for device in reversed(bounds)}
         return cls(layout.shape, values, on_host)
@@ -129,19 +131,24 @@ class _Parts(NamedTuple):
         return jax.make_array_from_single_device_arrays(self.shape, sharding, shards)
 
 
-def _allocate_on(device: Any, shape: Sequence[int], dtype: np.dtype) -> tuple[jax.Array, np.ndarray]:
+def _part_bytes(layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> int:
+    """Of one device's part of an array, or of all of it."""
+    shape = layout.shape if sharding is None else sharding.shard_shape(layout.shape)
+    return math.prod(shape) * layout.dtype.itemsize
+
+
+def _allocate_on(device: Any, shape: Sequence[int], dtype: np.dtype, zeros: np.ndarray) -> tuple[jax.Array, np.ndarray]:
     """An array in memory of a device that is the host's own, and a view to fill it by, before anybody else sees it.
 
     The device makes the memory its own by copying zeros. It would share NumPy's instead if that were aligned as it
     likes, whatever it is asked for, and then copy it when the first update wants to write there.
     """
     num_bytes = math.prod(shape) * dtype.itemsize
-    memory = np.zeros(num_bytes + _ALIGNMENT, np.uint8)
-    begin = (_ALIGNMENT // 2 - memory.ctypes.data) % _ALIGNMENT
-    zeros = memory[begin : begin + num_bytes].view(dtype).reshape(shape)
-    array = jax.block_until_ready(jax.device_put(zeros, device))
+    begin = (_ALIGNMENT // 2 - zeros.ctypes.data) % _ALIGNMENT
+    source = zeros[begin : begin + num_bytes].view(dtype).reshape(shape)
+    array = jax.block_until_ready(jax.device_put(source, device))
     address = array.unsafe_buffer_pointer()
-    if address == zeros.ctypes.data:
+    if address == source.ctypes.data:
         raise RuntimeError(f"{device} shares memory that is {_ALIGNMENT // 2} bytes off its alignment with NumPy")
     content = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
     return array, content.view(dtype).reshape(shape)
@@ -153,6 +160,7 @@ class _Reader:
     def __init__(self, path: Path, files: Files | None, pool: ThreadPoolExecutor):
         self._path, self._files, self._pool = path, files, pool
         self._local = threading.local()
+        self._zeros = np.zeros(0, np.uint8)  # shared by all allocations: the kernel need not hand out any memory for it
 
     def read_ahead(
         self, names: Sequence[str], shardings: Mapping[str, jax.sharding.Sharding]
@@ -161,6 +169,8 @@ class _Reader:
         waiting: collections.deque[tuple[str, int, Future[tuple[_Parts, list[Future[None]]]]]] = collections.deque()
         ahead = 0
         layouts = dict(zip(names, self._pool.map(self._read_layout, names)))
+        sizes = {name: _part_bytes(layout, shardings.get(name)) for name, layout in layouts.items()}
+        self._zeros = np.zeros(max(sizes.values(), default=0) + _ALIGNMENT if shardings else 0, np.uint8)
         for name in (*names, None):
             while waiting and (name is None or ahead > _BYTES_AHEAD):
                 ready, num_bytes, started = waiting.popleft()
@@ -170,23 +180,21 @@ class _Reader:
                     future.result()
                 yield ready, parts
             if name is not None:
-                layout, sharding = layouts[name], shardings.get(name)
-                shape = layout.shape if sharding is None else sharding.shard_shape(layout.shape)
-                num_bytes = math.prod(shape) * layout.dtype.itemsize
-                ahead += num_bytes
-                waiting.append((name, num_bytes, self._pool.submit(self._start, name, layout, sharding)))
+                started = self._pool.submit(self._start, name, layouts[name], shardings.get(name))
+                ahead += sizes[name]
+                waiting.append((name, sizes[name], started))
 
     def _start(
         self, name: str, layout: ArrayLayout, sharding: jax.sharding.Sharding | None
     ) -> tuple[_Parts, list[Future[None]]]:
         """Memory, which takes the kernel longer to hand out than to read from a page cache, and what will fill it."""
-        parts = _Parts.allocate(layout, sharding)
+        parts = _Parts.allocate(layout, sharding, self._zeros)
         return parts, [self._pool.submit(task) for task in self._tasks(name, layout, parts)]
 
     def _read_layout(self, name: str) -> ArrayLayout:
         file = f"{FOLDER}/{name}/zarr.json"
         content = (self._path / file).read_bytes()
-        self._compare(file, len(content), content)
+        self._compare(file, len(content), hashlib.sha256(content))
         with reading(self._path / file):
             return ArrayLayout.from_json(content)
 
@@ -226,23 +234,21 @@ class _Reader:
 
     def _read_file(self, name: str, num_bytes: int, target: np.ndarray) -> None:
         """Fill an array from the beginning of a file; Orbax puts an index behind the values."""
-        content = target.reshape(-1).view(np.uint8).data
+        content, digest = target.reshape(-1).view(np.uint8).data, hashlib.sha256()
+        look = (lambda _: None) if self._files is None else digest.update
         try:
-            rest = _fill(self._path / name, content)
+            rest = _fill(self._path / name, content, look)
         except FileNotFoundError:
             raise DamagedError(self._path, f"file {name} is missing") from None
         if rest is None:
             raise DamagedError(self._path, f"file {name} is damaged: it is cut short, {num_bytes:,} bytes were written")
-        self._compare(name, num_bytes + len(rest), content, rest)
+        self._compare(name, num_bytes + rest, digest)
 
-    def _compare(self, name: str, num_bytes: int, *content: bytes | memoryview) -> None:
+    def _compare(self, name: str, num_bytes: int, digest: Any) -> None:
         if self._files is None:
             return
         if name not in self._files:
             raise DamagedError(self._path, f"file {name} is not in the manifest")
-        digest = hashlib.sha256()
-        for each in content:
-            digest.update(each)
         problem = describe_difference(name, self._files[name], num_bytes, digest.hexdigest())
         if problem is not None:
             raise DamagedError(self._path, problem)
@@ -258,22 +264,26 @@ class _Reader:
                 values[...] = store[tuple(slice(*each) for each in bounds)].read().result()
 
 
-def _fill(path: Path, content: memoryview) -> bytes | None:
-    """Read a file into memory; what it has beyond that, None if it ends before."""
+def _fill(path: Path, content: memoryview, look: Callable[[bytes | memoryview], Any]) -> int | None:
+    """Read a file into memory, and look at all of it; how many bytes it has beyond that, None if it ends before."""
     if is_remote(path):
         whole = path.read_bytes()
         if len(whole) < len(content):
             return None
         content[:] = whole[: len(content)]
-        return whole[len(content) :]
+        look(whole)
+        return len(whole) - len(content)
     with path.open("rb", buffering=0) as file:
         done = 0
         while done < len(content):
-            got = file.readinto(content[done:])
+            got = file.readinto(content[done : done + _PIECE_BYTES])
             if not got:
                 return None
+            look(content[done : done + got])
             done += got
-        return file.read()
+        rest = file.read()
+        look(rest)
+        return len(rest)
 
 
 def _overlap(bounds: Bounds, index: tuple[int, ...], chunk_shape: tuple[int, ...]) -> tuple[Slices, Slices]:

@@ -68,9 +68,9 @@ def test_each_chunk_is_read_once_and_only_where_it_is_needed(tmp_path, monkeypat
     save_checkpoint(tmp_path / "1", place(draw_arrays(1), (1, 4, 2)), info_of(1), tmp_path / "tokenizer")
     read, fill = [], t5pegasus.arrays._fill
 
-    def fill_and_count(path, content):
+    def fill_and_count(path, content, look):
         read.append(str(path.relative_to(tmp_path / "1" / "arrays")))
-        return fill(path, content)
+        return fill(path, content, look)
 
     monkeypatch.setattr(t5pegasus.arrays, "_fill", fill_and_count)
     chunks = [str(each.relative_to(tmp_path / "1" / "arrays")) for each in (tmp_path / "1").glob("arrays/*/c/**/*")]
