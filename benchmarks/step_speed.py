@@ -1,10 +1,12 @@
 """Training speed on a CPU beside Hugging Face: one step of T5-PEGASUS small here and of MT5 in torch, in turn.
 
 Both sides train the same 95,262,080 parameters from the same initial values in float32 with AdamW, gradients clipped
-to norm 1, and dropout, each in a process of its own with all cores; they take their steps in turn, so that whatever
-else the machine does meets both. The scores are positions per second of full rows, 8 x 256/64, and, with --documents,
-tokens per second without padding: ours from packed rows, theirs from batches of 8 examples of about equal length,
-padded to the longest.
+to norm 1, and dropout, each in a process of its own with all cores. They take turns of a few steps, so that whatever
+else the machine does meets both. The first step of a turn is not counted: while a process waits for the other one, a
+virtual machine gives memory that it freed back to its host, which never happens in training.
+
+The scores are positions per second of full rows, 8 x 256/64, and, with --documents, tokens per second without
+padding: ours from packed rows, theirs from batches of 8 examples of about equal length, padded to the longest.
 
     python benchmarks/step_speed.py --documents ../shared/data/pretrain_zh_small.jsonl.gz
 
@@ -41,20 +43,21 @@ def main() -> None:
     parser.add_argument("--kind", choices=("pretrain", "pairs"), default="pretrain", help="what the documents are")
     parser.add_argument("--vocabulary", type=Path, help="a vocab.txt of 50,000 entries; default: train one")
     parser.add_argument("--output-path", type=Path, default=Path("runs/step-speed"), help="tokenizer and examples")
-    parser.add_argument("--rounds", type=int, default=7, help="steps of each side per table")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each side per table")
+    parser.add_argument("--steps", type=int, default=4, help="of a turn that count")
     parser.add_argument("--dropout", type=float, nargs="+", default=[0.1, 0.0])
     parser.add_argument("--side", help=argparse.SUPPRESS)
     parser.add_argument("--examples", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        serve(args.side, args.dropout[0], args.examples, args.rounds)
+        serve(args.side, args.dropout[0], args.examples, args.rounds * (args.steps + 1))
         return
     missed = []
     for dropout in args.dropout:
-        missed += compare("full rows", dropout, None, args.rounds)
+        missed += compare("full rows", dropout, None, args.rounds, args.steps)
     if args.documents:
         examples = build_examples(args.documents, args.kind, args.vocabulary, args.output_path)
-        missed += compare("documents", args.dropout[0], examples, args.rounds)
+        missed += compare("documents", args.dropout[0], examples, args.rounds, args.steps)
     sys.exit(1 if missed else 0)
 
 
@@ -72,11 +75,12 @@ def build_examples(documents: Path, kind: str, vocabulary: Path | None, output_p
     return examples
 
 
-def compare(what: str, dropout: float, examples: Path | None, rounds: int) -> list[str]:
+def compare(what: str, dropout: float, examples: Path | None, rounds: int, num_steps: int) -> list[str]:
     """Let both sides take steps in turn; what missed its bar."""
     sides = {}
     for side in ("ours", "theirs"):
-        command = [sys.executable, __file__, "--side", side, "--dropout", str(dropout), "--rounds", str(rounds)]
+        command = [sys.executable, __file__, "--side", side, "--dropout", str(dropout)]
+        command += ["--rounds", str(rounds), "--steps", str(num_steps)]
         command += ["--examples", str(examples)] if examples else []
         environment = {**os.environ, **HUGE_PAGES}
         sides[side] = subprocess.Popen(
@@ -87,7 +91,7 @@ def compare(what: str, dropout: float, examples: Path | None, rounds: int) -> li
     taken: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side, process in sides.items():
-            taken[side].append(ask(process, "step"))
+            taken[side] += [ask(process, "step") for _ in range(num_steps + 1)][1:]
     for process in sides.values():
         process.communicate()
     speeds = {}
@@ -98,7 +102,8 @@ def compare(what: str, dropout: float, examples: Path | None, rounds: int) -> li
             speeds[side] = steps[0]["tokens"] / statistics.median(seconds)
         print(
             f"  {side:<7} {speeds[side]:7.0f} tokens/s; seconds per step: median {statistics.median(seconds):.2f}, "
-            f"least {min(seconds):.2f}, processor time {statistics.median(step['cpu'] for step in steps):.2f}; "
+            f"{min(seconds):.2f} to {max(seconds):.2f}, "
+            f"processor time {statistics.median(step['cpu'] for step in steps):.2f}; "
             f"{sum(step['tokens'] for step in steps) / sum(step['positions'] for step in steps):.0%} of positions full"
         )
     ratio = speeds["ours"] / speeds["theirs"]
@@ -119,7 +124,7 @@ def ask(process: subprocess.Popen, line: str = "") -> dict[str, Any]:
     return json.loads(answer)
 
 
-def serve(side: str, dropout: float, examples: Path | None, rounds: int) -> None:
+def serve(side: str, dropout: float, examples: Path | None, num_steps: int) -> None:
     """One side: a warm step, then a step for every line read."""
     from t5pegasus.config import DataConfig, MeshConfig, RunConfig, TrainConfig
     from t5pegasus.presets import small
@@ -130,7 +135,7 @@ def serve(side: str, dropout: float, examples: Path | None, rounds: int) -> None
         mesh=MeshConfig(data=1),
         train=TrainConfig(batch_size=ROWS),
     )
-    batches = full_rows() if examples is None else documents(side, config, examples, rounds)
+    batches = full_rows() if examples is None else documents(side, config, examples, num_steps)
     take_step, about = (our_step if side == "ours" else their_step)(config)
     take_step(next(batches))
     print(json.dumps({"about": about}), flush=True)
@@ -160,7 +165,7 @@ def full_rows() -> Iterator[Any]:
     )  # fmt: skip
 
 
-def documents(side: str, config: Any, examples: Path, rounds: int) -> Iterator[Any]:
+def documents(side: str, config: Any, examples: Path, num_steps: int) -> Iterator[Any]:
     """Our rows are packed, in the order of a run; theirs hold one example each, batches spread evenly over lengths."""
     from t5pegasus.data.loader import PackedRows, load_batches
 
@@ -171,7 +176,7 @@ def documents(side: str, config: Any, examples: Path, rounds: int) -> Iterator[A
         return
     lengths = np.load(examples / "lengths.npy")
     batches = np.argsort(lengths.sum(axis=1), kind="stable")[: len(lengths) // ROWS * ROWS].reshape(-1, ROWS)
-    shares = (np.arange(rounds + 1) + 0.5) / (rounds + 1)
+    shares = (np.arange(num_steps + 1) + 0.5) / (num_steps + 1)
     chosen = batches[(shares * len(batches)).astype(int)]
     for numbers in np.random.default_rng(0).permutation(chosen):
         batch = rows.ordered_batch(numbers)
