@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5pegasus.axes import ParamSpec
 from t5pegasus.batch import Batch
@@ -40,7 +40,7 @@ def make_train_step(config: RunConfig, mesh: Mesh) -> OnMesh:
         jax.jit(
             update,
             in_shardings=(shardings, batch_shardings(mesh)),
-            out_shardings=(shardings, None),
+            out_shardings=(shardings, NamedSharding(mesh, PartitionSpec())),  # each process reads the metrics whole
             donate_argnums=0,
             compiler_options=compiler_options(mesh),
         ),

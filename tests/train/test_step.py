@@ -37,6 +37,7 @@ def two_updates(config, batches, sizes):
     for batch in batches:
         state, metrics = train_step(state, place_batch(batch, np.arange(8), 8, mesh))
         losses.append(float(metrics["loss"]))
+    assert all(array.sharding.is_fully_replicated for array in jax.tree.leaves(metrics))
     return losses, {name: np.asarray(value) for name, value in evaluated_parameters(state).items()}
 
 
