@@ -56,19 +56,23 @@ def find_last_good(
     return None
 
 
-def find_best(run_path: Path, verify: Callable[[Path], Any] = verify_for_use) -> Path | None:
+def find_best(
+    run_path: Path, verify: Callable[[Path], Any] = verify_for_use, damaged: Collection[Path] = ()
+) -> Path | None:
     """The checkpoint to use a run by: the best one if it keeps that (`train.keep_best`), else its last good one.
 
     A best one that is damaged or gone is named in the log, and the one that was best before, or the last one, is taken.
-    `verify` is as in `find_last_good`.
+    `verify` and `damaged` are as in `find_last_good`.
     """
-    last = find_last_good(run_path, verify)
+    last = find_last_good(run_path, verify, damaged)
     if last is None:
         return None
     for step in reversed(best_steps(load_checkpoint_info(last).history)):
         path = checkpoints_folder(run_path) / str(step)
         if path == last:
             return last
+        if path in damaged:
+            continue
         try:
             verify(path)
         except ArtifactError as error:
@@ -78,10 +82,10 @@ def find_best(run_path: Path, verify: Callable[[Path], Any] = verify_for_use) ->
     return last
 
 
-def find_checkpoint(path: Path, verify: Callable[[Path], Any] = verify_for_use) -> Path:
+def find_checkpoint(path: Path, verify: Callable[[Path], Any] = verify_for_use, damaged: Collection[Path] = ()) -> Path:
     """The checkpoint a user means: this very folder, or the best or last good one of a run folder (`find_best`).
 
-    `verify` is as in `find_last_good`.
+    `verify` and `damaged` are as in `find_last_good`.
 
     Raises:
         ArtifactError: if there is none, or it is damaged.
@@ -89,7 +93,7 @@ def find_checkpoint(path: Path, verify: Callable[[Path], Any] = verify_for_use) 
     if (path / INFO).is_file():
         verify(path)
         return path
-    found = find_best(path, verify) if path.is_dir() else None
+    found = find_best(path, verify, damaged) if path.is_dir() else None
     if found is None:
         raise ArtifactError(
             f"{path} is neither a checkpoint (a folder with checkpoint.json and {MANIFEST}) nor a run with one "

@@ -175,7 +175,7 @@ def _train(
             )
         stopped = origin.resumed and not next_event(events, origin.lineage) and has_stopped(train, course.history)
         if (step >= train.steps or stopped) and not course.owed:
-            return _finished(paths.run_path, origin, train, stopped=stopped)
+            return _finished(paths.run_path, origin, train, damaged, stopped=stopped)
         check_events(origin.config, events, origin.lineage, mesh, has_heldout=heldout_rows is not None)
         if origin.resumed:
             logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
@@ -233,7 +233,7 @@ def _unhurried(control: Control) -> Iterator[None]:
         raise
 
 
-def _finished(run_path: Path, origin: Origin, train: TrainConfig, *, stopped: bool) -> Path:
+def _finished(run_path: Path, origin: Origin, train: TrainConfig, damaged: Collection[Path], *, stopped: bool) -> Path:
     """The checkpoint of a run that has nothing left to do.
 
     Raises:
@@ -243,7 +243,7 @@ def _finished(run_path: Path, origin: Origin, train: TrainConfig, *, stopped: bo
         verify_together(origin.path)
     why = f", stopped early by train.patience={train.patience}" if stopped else ""
     logger.info("%s: finished, at step %d of %d%s", run_path, origin.step, train.steps, why)
-    return find_checkpoint(run_path, verify_structure)
+    return find_checkpoint(run_path, verify_structure, damaged)
 
 
 def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainState, course: Course) -> None:

@@ -191,6 +191,7 @@ def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_p
     with pytest.raises(ArtifactError, match=rf"{victim.relative_to(last)} is damaged: .* the manifest says"):
         verify_checkpoint(last)
     assert find_last_good(paths.run_path) == paths.run_path / "checkpoints" / "4"
+    assert train_run(with_train(run_config, steps=3), paths) == paths.run_path / "checkpoints" / "4"
     (last / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="not a finished checkpoint"):
         verify_checkpoint(last)
