@@ -28,6 +28,7 @@ _WAYS_OUT = {
     errno.EACCES: _MAY_WRITE,
     errno.EPERM: _MAY_WRITE,
     errno.EROFS: _MAY_WRITE,
+    errno.ENOTDIR: "a part of this path is a file; choose another path, or move that file away",
 }
 
 

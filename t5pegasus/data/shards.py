@@ -41,6 +41,11 @@ class ExampleShards:
             OSError: if the store fails, or the disk has no room for the copy.
         """
         self.path = fetch(open_path(str(path)))
+        if not self.path.exists():
+            raise ArtifactError(
+                f"{self.path} is no folder of examples: it does not exist; "
+                "check the path, or write the examples with `t5pegasus build`"
+            )
         if not (self.path / MANIFEST).is_file():
             raise ArtifactError(
                 f"{self.path} is no folder of examples: {MANIFEST}, which is written last, is missing; "

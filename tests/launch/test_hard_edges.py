@@ -92,7 +92,11 @@ EDGES = [
     ("build documents.jsonl --tokenizer-path missing --output-path OUT", 2, "missing is no tokenizer folder"),
     ("pseudo-summary --input missing.jsonl", 2, "missing.jsonl does not exist"),
     ("pseudo-summary --input empty.jsonl", 2, "empty.jsonl is empty"),
-    (f"pretrain tiny --examples-path missing --run-path OUT {SHAPE}", 2, "missing is no folder of examples"),
+    (
+        f"pretrain tiny --examples-path missing --run-path OUT {SHAPE}",
+        2,
+        "missing is no folder of examples: it does not exist",
+    ),
     ("grow missing --to d_model=16 --output-path OUT", 2, "missing is neither a checkpoint .* nor a run"),
     ("finetune missing --train-path pairs.jsonl --run-path OUT", 2, "missing is neither a checkpoint .* nor a run"),
     ("finetune run --train-path missing.jsonl --run-path OUT", 2, "missing.jsonl does not exist"),
