@@ -18,7 +18,7 @@ class Plan:
 
     For example: t5pegasus plan base --topology v5e:4x4 --train.batch-size 256 --mesh.data 1 --mesh.fsdp -1
 
-    For TPUs the real train step is compiled ahead of time, which needs libtpu (pip install 'jax[tpu]') but no TPU; for
+    For TPUs the real train step is compiled ahead of time, which needs libtpu (pip install '.[tpu]') but no TPU; for
     cpu it is compiled for this machine; for GPUs memory and time are estimated. Times are predictions by a roofline
     (docs/plan.md). All flags of pretrain's config apply; defaults are those of the preset.
     """

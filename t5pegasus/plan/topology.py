@@ -12,7 +12,7 @@ import jax
 from t5pegasus.chips import CHIPS, Chip
 from t5pegasus.errors import UsageError
 
-INSTALL = "pip install 'jax[tpu]'"
+INSTALL = "pip install '.[tpu]'"
 GPUS_PER_NODE = 8
 _FLAT_SHAPES = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 """What Google Cloud offers of v5e and v6e."""
