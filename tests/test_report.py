@@ -388,3 +388,17 @@ def test_what_happened_on_the_way_is_told(tmp_path):
         "rows 240 – 263", "example 7 of a.shard", "&lt;原文&gt;", "ROUGE-1 41.5", "encoder.mlp",
     ):  # fmt: skip
         assert text in page, text
+
+
+def test_every_group_of_parameters_has_a_line_that_looks_like_no_other(tmp_path):
+    run = write_run(tmp_path / "run", SMALL, range(0, 40))
+    norms = {kind: {f"group {n}": 1.0 + n for n in range(9)} for kind in ("gradient", "update", "parameter")}
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        for step in (41, 42):
+            record = {"kind": "train", "step": step, "loss": 2.0, "seconds": 1.0, "tokens_per_second": 9.0}
+            file.write(json.dumps({**record, "norms": norms}) + "\n")
+    write_report([run], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    looks = re.findall(r'<li class="([^"]+)"><i></i>group \d</li>', page)
+    assert len(looks) == 27
+    assert len(set(looks)) == 9

@@ -31,6 +31,8 @@ class Line:
     """With its points marked: sparse measurements, such as held-out losses."""
     smooth: bool = False
     """Noisy: drawn faint, with its moving mean in full colour."""
+    dashed: bool = False
+    """Told apart by this from another line of its colour."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +102,8 @@ def draw_lines(
         *_draw_columns(lines, frame, form),
     ]
     names = "".join(
-        f'<li class="c{line.color}{" dotted" if line.dotted else ""}"><i></i>{escape(line.label)}</li>'
+        f'<li class="c{line.color}{" dotted" if line.dotted else ""}{" dashed" if line.dashed else ""}"><i></i>'
+        f"{escape(line.label)}</li>"
         for line in lines
     )
     legend = f'<ul class="legend">{names}</ul>' if wide and len(lines) > 1 else ""
@@ -191,9 +194,10 @@ def _draw_seam(seam: Seam, frame: _Frame) -> str:
 
 def _draw_line(line: Line, frame: _Frame) -> str:
     window = max(1, len(line.points) // 30) if line.smooth else 1
-    drawn = _path(line.points, frame, f"line c{line.color}" + (" faint" if window > 1 else ""))
+    kind = f"line c{line.color}" + (" dashed" if line.dashed else "")
+    drawn = _path(line.points, frame, kind + (" faint" if window > 1 else ""))
     if window > 1:
-        drawn += _path(moving_mean(line.points, window), frame, f"line c{line.color}")
+        drawn += _path(moving_mean(line.points, window), frame, kind)
     if line.dotted or len(line.points) == 1:
         drawn += "".join(
             f'<circle class="c{line.color}" cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.6"/>'

@@ -92,6 +92,7 @@ def _norms(records: Sequence[Json]) -> list[Markup]:
                 group,
                 [(each["step"], value(each["norms"], group)) for each in records if group in each["norms"]["gradient"]],
                 index % NUM_COLORS,
+                dashed=index >= NUM_COLORS,
             )
             for index, group in enumerate(groups)
         ]
