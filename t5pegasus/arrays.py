@@ -137,6 +137,14 @@ def _part_bytes(layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> 
     return math.prod(shape) * layout.dtype.itemsize
 
 
+def _count_parts(layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> int:
+    """How many different parts of an array this process's devices hold."""
+    if sharding is None:
+        return 1
+    indices = sharding.addressable_devices_indices_map(layout.shape).values()
+    return len({find_bounds(index, layout.shape) for index in indices})
+
+
 def _allocate_on(device: Any, shape: Sequence[int], dtype: np.dtype, zeros: np.ndarray) -> tuple[jax.Array, np.ndarray]:
     """An array in memory of a device that is the host's own, and a view to fill it by, before anybody else sees it.
 
@@ -181,8 +189,9 @@ class _Reader:
                 yield ready, parts
             if name is not None:
                 started = self._pool.submit(self._start, name, layouts[name], shardings.get(name))
-                ahead += sizes[name]
-                waiting.append((name, sizes[name], started))
+                num_bytes = sizes[name] * _count_parts(layouts[name], shardings.get(name))
+                ahead += num_bytes
+                waiting.append((name, num_bytes, started))
 
     def _start(
         self, name: str, layout: ArrayLayout, sharding: jax.sharding.Sharding | None
