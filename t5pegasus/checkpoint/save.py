@@ -105,10 +105,10 @@ def _write_chunks(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
         if chunk.values.shape != chunk.shape:
             content[...] = 0  # a chunk at the edge is stored whole
         content[(*(slice(0, size) for size in chunk.values.shape), ...)] = chunk.values
-        file = folder / chunk.file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return write_chunk(file, content)
+        return write_chunk(folder / chunk.file, content)
 
+    for parent in dict.fromkeys((folder / chunk.file).parent for chunk in chunks):
+        parent.mkdir(parents=True, exist_ok=True)  # not in the threads, where one's error could be hidden by another
     with ThreadPoolExecutor(_NUM_REMOTE_THREADS if is_remote(folder) else _NUM_THREADS) as pool:
         futures = [pool.submit(write, chunk) for chunk in chunks]
         try:

@@ -40,6 +40,8 @@ class Fault:
             return
         if (event == "open" and not isinstance(arguments[2], int)) or (event == "open" and not arguments[2] & 3):
             return  # to read
+        if event == "os.mkdir" and os.path.isdir(arguments[0]):
+            return  # changes nothing, and nothing is lost if it fails
         self.meet(event, str(arguments[0]))
 
     def meet(self, event: str, path: str | None = None) -> None:
