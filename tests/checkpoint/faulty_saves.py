@@ -40,7 +40,7 @@ class Fault:
             return
         if (event == "open" and not isinstance(arguments[2], int)) or (event == "open" and not arguments[2] & 3):
             return  # to read
-        if event == "os.mkdir" and os.path.isdir(arguments[0]):
+        if event == "os.mkdir" and Path(str(arguments[0])).is_dir():
             return  # changes nothing, and nothing is lost if it fails
         self.meet(event, str(arguments[0]))
 
