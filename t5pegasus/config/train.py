@@ -50,8 +50,9 @@ class TrainConfig(Record):
     split_length: bool = True
     """With mesh.tensor, split activations between blocks by length, which shares out norms and their memory."""
     on_divergence: Literal["abort", "skip", "rollback"] = "abort"
-    """What to do with an update whose loss or gradient is not finite, or a spike: abort with exit code 45, skip it (the
-    state stays, its rows count as consumed), or go back to the last checkpoint and on behind its rows."""
+    """What to do with an update whose loss, gradient or change of the parameters is not finite, or a spike: abort with
+    exit code 45, skip it (the state stays, its rows count as consumed), or go back to the last checkpoint and on
+    behind its rows."""
     spike_factor: float = 0.0
     """Above 0, a loss or gradient norm above mean + spike_factor · σ of the last `spike_window` updates is a spike; 6
     is usual. 0 does not look for spikes."""

@@ -1,4 +1,4 @@
-"""When an update is bad: its loss or gradient is not finite, or a spike against those of the updates before.
+"""When an update is bad: its loss, its gradient or itself is not finite, or a spike against those before it.
 
 The rule is that of OLMo's and MaxText's step skipping: the mean of a window plus so many standard deviations. It is
 evaluated on the device, from numbers that the state carries, so a resumed run judges as one that was never stopped.
@@ -23,12 +23,14 @@ class Why(enum.IntFlag):
     GRADIENT_NOT_FINITE = 2
     LOSS_SPIKE = 4
     GRADIENT_SPIKE = 8
+    UPDATE_NOT_FINITE = 16
 
     def describe(self) -> str:
         """In words: `loss is not finite, gradient norm is a spike`."""
         words = {
             Why.LOSS_NOT_FINITE: "loss is not finite",
             Why.GRADIENT_NOT_FINITE: "gradient norm is not finite",
+            Why.UPDATE_NOT_FINITE: "update norm is not finite",
             Why.LOSS_SPIKE: "loss is a spike",
             Why.GRADIENT_SPIKE: "gradient norm is a spike",
         }
@@ -57,7 +59,7 @@ def init_recent(window: int) -> dict[str, jax.Array]:
 
 
 def judge_update(
-    config: TrainConfig, loss: jax.Array, grad_norm: jax.Array, recent: dict[str, jax.Array]
+    config: TrainConfig, loss: jax.Array, grad_norm: jax.Array, update_norm: jax.Array, recent: dict[str, jax.Array]
 ) -> tuple[jax.Array, dict[str, jax.Array], dict[str, jax.Array]]:
     """What is wrong with an update, by which limits, and the memory behind it.
 
@@ -69,6 +71,7 @@ def judge_update(
         config: `spike_factor`, `spike_window`.
         loss: of the update, scalar.
         grad_norm: before clipping, scalar.
+        update_norm: of what is added to the parameters, scalar; finite gradients can make them overflow.
         recent: as `init_recent` makes it.
 
     Returns:
@@ -79,10 +82,11 @@ def judge_update(
     why = jnp.where(is_finite["loss"], 0, Why.LOSS_NOT_FINITE) | jnp.where(
         is_finite["grad_norm"], 0, Why.GRADIENT_NOT_FINITE
     )
+    why |= jnp.where((why == 0) & ~jnp.isfinite(update_norm), Why.UPDATE_NOT_FINITE, 0)
     if not recent:
         return why.astype(jnp.int32), {}, recent
     count, limits, after = recent["count"], {}, {}
-    all_finite = is_finite["loss"] & is_finite["grad_norm"]
+    all_finite = why == 0
     for name, flag in (("loss", Why.LOSS_SPIKE), ("grad_norm", Why.GRADIENT_SPIKE)):
         values, number = recent[name], numbers[name].astype(jnp.float32)
         limit = jnp.mean(values) + config.spike_factor * jnp.std(values)

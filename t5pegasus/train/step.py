@@ -17,6 +17,7 @@ from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.divergence import judge_update, spike_window
 from t5pegasus.train.ema import update_ema
 from t5pegasus.train.loss import smooth_labels
+from t5pegasus.train.norms import KINDS
 from t5pegasus.train.on_mesh import OnMesh, compiler_options
 from t5pegasus.train.optimizer import make_schedule
 from t5pegasus.train.state import TrainState, state_shardings
@@ -61,7 +62,8 @@ def pure_train_step(
         parameters, moments, sums, norm, norms = find_update(state, batch, learning_rate)
         rows = state.rows + jnp.uint32(len(batch.row_ids))
         loss = sums.nll / total_weight
-        why, limits, recent = judge_update(config.train, loss, norm, state.recent)
+        update_norm = jnp.linalg.norm(norms[KINDS.index("update")])
+        why, limits, recent = judge_update(config.train, loss, norm, update_norm, state.recent)
         metrics = {
             "rows": rows,
             "why": why,

@@ -109,9 +109,26 @@ def test_a_skipped_update_leaves_all_but_step_and_rows(skipping, examples_path):
     assert not np.array_equal(state.parameters["lm_head"], before["parameters.lm_head"])
 
 
+def test_parameters_do_not_overflow_by_a_finite_gradient(skipping, examples_path):
+    optimizer = dataclasses.replace(skipping.optimizer, learning_rate=3e38, schedule="constant", warmup_steps=0)
+    config = dataclasses.replace(skipping, optimizer=optimizer, mesh=MeshConfig(data=1))
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    with (
+        PackedRows(examples_path, config.data, 0, 101) as rows,
+        contextlib.closing(load_batches(rows, 8, start_row=0)) as stream,
+    ):
+        batch = place_batch(next(stream), np.arange(8), 8, mesh)
+    state = init_state(config.model, 0, mesh, optimizer, window=3)
+    before = {name: np.asarray(array) for name, array in state.parameters.items()}
+    state, metrics = make_train_step(config, mesh)(state, batch)
+    assert Why(int(metrics["why"])) == Why.UPDATE_NOT_FINITE
+    for name, array in before.items():
+        np.testing.assert_array_equal(state.parameters[name], array, err_msg=name)
+
+
 def test_a_spike_stands_out_of_the_window_and_a_new_level_is_learnt(config):
     train = with_train(config, spike_factor=6.0, spike_window=8).train
-    judge = jax.jit(lambda loss, norm, recent: judge_update(train, loss, norm, recent))
+    judge = jax.jit(lambda loss, norm, recent: judge_update(train, loss, norm, norm, recent))
     recent, seen = init_recent(8), []
     losses = [2.0, 2.1] * 4 + [2.2, 9.0, 2.1, float("nan")] + [4.0] * 12
     for loss in losses:
