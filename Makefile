@@ -37,7 +37,8 @@ quickstart: $(INSTALLED)  ## the whole flow on the embedded sample: minutes on a
 	$(HUGE_PAGES) $(VENV)/bin/t5pegasus quickstart $(ARGS)
 
 test: $(INSTALLED_DEV)  ## the tests, without the slow ones and without other programs
-	$(VENV)/bin/python -m pytest -n $(PARALLEL) --dist loadfile -m "not slow and not peers and not tpu_compile" $(ARGS)
+	$(VENV)/bin/python -m pytest -n $(PARALLEL) --dist loadfile --no-loadscope-reorder \
+	  -m "not slow and not peers and not tpu_compile" $(ARGS)
 
 # A missing folder fails here, and so does any test that skips.
 test-parity: $(INSTALLED_DEV)  ## the tests against golden cases in ../shared/data, or in the folder T5PEGASUS_DATA

@@ -58,10 +58,12 @@ def shared_data() -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before -m reads the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whoever asks for the shared data is a parity test; nobody has to remember the marker."""
+    """Whoever asks for the shared data is a parity test; nobody has to remember the marker. Long files go first."""
     for item in items:
         if "shared_data" in getattr(item, "fixturenames", ()):
             item.add_marker("parity")
+    # So that no process is left with a long file when the others are done (make test gives whole files to processes).
+    items.sort(key=lambda item: (item.path.name != "test_whole_flow.py", item.path.parent.name != "train"))
 
 
 @pytest.hookimpl(wrapper=True)
