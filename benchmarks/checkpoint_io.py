@@ -5,7 +5,8 @@ One process with one CPU device holds a preset's whole state (parameters and Ada
 - save: how long `CheckpointWriter.save` holds up training, and how long the thread behind it writes; beside `cp` of the
   same files, in the page cache, with fsync; and Orbax's asynchronous save with its defaults;
 - restore: from a disk whose page cache was dropped onto the device, with and without comparing checksums; beside bare
-  reads of the same files by as many threads; and Orbax's restore.
+  reads of the same files by as many threads, into buffers that are used again, and into memory as new as that of the
+  arrays must be; and Orbax's restore.
 
 Then a few train steps are timed alone, and while a save is being written.
 
@@ -102,6 +103,7 @@ def measure_disk(
     chunks = [file for file in files if file.name not in ("zarr.json",) and "arrays" in file.parts]
     restores: dict[str, Callable[[], Any]] = {
         "raw read": lambda: read_files(chunks),
+        "raw read into new memory": lambda: read_into_new_memory(chunks),
         "restore": lambda: load_arrays(ours, shardings=shardings),
         "restore, not verified": lambda: load_arrays(ours, shardings=shardings, verify=False),
         "verify alone": lambda: verify_checkpoint(ours),
@@ -181,7 +183,7 @@ def report(medians: dict[str, float], arrays: Mapping[str, Any]) -> None:
     print(f"\n{num_bytes / 1e9:.2f} GB of state in {len(arrays)} arrays; medians:")
     for name, seconds in medians.items():
         speed = "" if "step" in name or "stall" in name else f"  {num_bytes / 1e9 / seconds:5.2f} GB/s"
-        print(f"  {name:<24}{seconds:8.3f} s{speed}")
+        print(f"  {name:<26}{seconds:8.3f} s{speed}")
     of_training = SAVE_EVERY_STEPS * medians["step"]
     stall = medians["stall between steps"]
     writing = medians["stall"] + medians["writing"]
@@ -193,6 +195,7 @@ def report(medians: dict[str, float], arrays: Mapping[str, Any]) -> None:
     raw, bare = medians["raw read"], medians["restore, not verified"]
     print(f"restore without checksums / raw cold read: {bare / raw:.2f} (bar 1.2)")
     print(f"restore with checksums / raw cold read: {medians['restore'] / raw:.2f}")
+    print(f"raw cold read into new memory / raw cold read: {medians['raw read into new memory'] / raw:.2f}")
     print(f"Orbax's restore, which compares none / raw cold read: {medians['Orbax restore'] / raw:.2f}")
     print(f"stall, Orbax's / ours: {medians['Orbax stall'] / medians['stall']:.2f}; "
           f"restore, Orbax's / ours verified: {medians['Orbax restore'] / medians['restore']:.2f}")  # fmt: skip
@@ -222,6 +225,21 @@ def read_files(files: list[Path]) -> None:
 
     with ThreadPoolExecutor(THREADS) as pool:
         list(pool.map(read, files))
+
+
+def read_into_new_memory(files: list[Path]) -> list[np.ndarray]:
+    """Read files by threads, each whole, into memory that the kernel has yet to hand out and to clear."""
+
+    def read(file: Path) -> np.ndarray:
+        content = np.empty(file.stat().st_size, np.uint8)
+        with file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < len(content):
+                done += stream.readinto(content.data[done : done + (1 << 20)])
+        return content
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return list(pool.map(read, files))
 
 
 def flush(path: Path) -> None:
