@@ -107,10 +107,16 @@ def _finish_in_store(paths: list[Path]) -> None:
             remove_tree(path)
     for left in paths:
         if left.name.endswith(SUPERSEDED):
-            path = left.with_name(left.name.removesuffix(SUPERSEDED))
-            if (left / MANIFEST).is_file() and not (path / MANIFEST).is_file():
-                copy_tree(left, path)
-            remove_tree(left)
+            remove_superseded(left)
+
+
+def remove_superseded(left: Path) -> None:
+    """Delete what was to be replaced; in a store, where the one in its place is not whole, it gets that back."""
+    path = left.with_name(left.name.removesuffix(SUPERSEDED))
+    if is_remote(left) and (left / MANIFEST).is_file() and not (path / MANIFEST).is_file():
+        remove_tree(path)
+        copy_tree(left, path)
+    remove_tree(left)
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:

@@ -4,8 +4,12 @@ The first process makes the folder of the unfinished checkpoint and a mark besid
 writes its chunks, and hands in a manifest of its part; the first one waits for all parts, commits the checkpoint and
 takes the mark away, which tells the others. Marks and parts bear a token that all processes of this run share, so that
 nothing an earlier attempt left can be taken for theirs.
+
+Who gives the checkpoint up says so in a file, too, so that nobody waits for what will not come. Where even that cannot
+be written, it is said when the next checkpoint begins (`Meeting.leave`): until then the others may be waiting.
 """
 
+import contextlib
 import errno
 import json
 import time
@@ -49,6 +53,7 @@ class Meeting:
         self.index, self.count = process
         self._folder = path.with_name(path.name + PARTS)
         self._begun = self._folder / f"{token}.begun"
+        self._untold: BaseException | None = None
         self._token, self._limit = token, time_limit
         self._pause = 0.5 if is_remote(path) else 0.02
 
@@ -60,17 +65,33 @@ class Meeting:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 write_bytes(self._begun, b"{}\n")
         else:
-            self._wait(self._begun.is_file, "process 0 has not begun", time.monotonic() + self._limit)
+            self._wait(self._has_begun, "process 0 has not begun", time.monotonic() + self._limit)
 
     def hand_in(self, entries: Files) -> None:
         """Say what this process wrote, on the disk."""
         if self.index > 0:
             write_bytes(self._part(self.index), _to_json(entries))
 
-    def report_failure(self, error: BaseException) -> None:
-        """Tell the first process that this one's part will not come."""
-        if self.index > 0:
-            write_bytes(self._failure(self.index), _to_json({"error": f"{type(error).__name__}: {error}"}))
+    def give_up(self, error: BaseException) -> None:
+        """Tell the others that nothing comes of it, or not this one's part, if the disk lets it."""
+        self._untold = error
+        with contextlib.suppress(OSError):  # `leave` tells it
+            self.leave()
+        if self.index == 0:
+            with contextlib.suppress(OSError):
+                self._begun.unlink(missing_ok=True)
+
+    def leave(self) -> None:
+        """Have the others know that this one gave it up, if it did: in front of the next meeting.
+
+        Raises:
+            OSError: if they cannot be told; the next one must not begin then, because they may still be in this one.
+        """
+        if self._untold is not None and self.count > 1:
+            text = f"{type(self._untold).__name__}: {self._untold}"
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_bytes(self._failure(self.index), _to_json({"error": text}))
+        self._untold = None
 
     def gather(self) -> dict[str, Any]:
         """The parts of all other processes; the first one calls it."""
@@ -82,9 +103,17 @@ class Meeting:
         return entries
 
     def end(self) -> None:
-        """The first process: all is done, or given up, and the others need wait no longer."""
+        """The first process: all is done, and the others need wait no longer.
+
+        Raises:
+            OSError: if they cannot be told.
+        """
         if self.index == 0 and self.count > 1:
-            remove_tree(self._folder)
+            try:
+                remove_tree(self._folder)
+            except OSError as error:
+                self.give_up(error)
+                raise
 
     def wait_for_end(self, entries: Files) -> None:
         """The others: wait until the checkpoint is there, with what this process wrote.
@@ -96,13 +125,24 @@ class Meeting:
             return
         # Twice the time, so that the first process can say whom it waited for in vain.
         deadline = time.monotonic() + 2 * self._limit
-        self._wait(lambda: not self._begun.is_file(), "process 0 has not committed it", deadline)
+        self._wait(self._has_ended, "process 0 has not committed it", deadline)
         try:
             committed = read_json(self.path / MANIFEST)["files"]
         except UsageError:
             committed = {}
         if any(committed.get(name) != entry for name, entry in entries.items()):
-            raise OSError(errno.EIO, "process 0 gave this checkpoint up, and says why", str(self.path))
+            raise self._given_up()
+
+    def _has_begun(self) -> bool:
+        if self._failure(0).is_file():
+            raise self._given_up()
+        return self._begun.is_file()
+
+    def _has_ended(self) -> bool:
+        return self._failure(0).is_file() or not self._begun.is_file()
+
+    def _given_up(self) -> OSError:
+        return OSError(errno.EIO, "process 0 gave this checkpoint up, and says why", str(self.path))
 
     def _is_in(self, index: int) -> bool:
         if self._failure(index).is_file():

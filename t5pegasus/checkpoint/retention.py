@@ -10,6 +10,7 @@ from t5pegasus.checkpoint.folder import (
     checkpoints_folder,
     list_checkpoints,
     remove_checkpoint,
+    remove_superseded,
 )
 from t5pegasus.storage import remove_tree
 
@@ -35,9 +36,12 @@ def remove_old_checkpoints(run_path: Path, saved: Path, retention: Retention) ->
     Those of later steps than the one just saved are damaged ones that the run went back behind: they stay, and do not
     count as kept.
     """
-    for ending in (SUPERSEDED, UNFINISHED, PARTS):
-        for leftover in checkpoints_folder(run_path).glob(f"*{ending}"):
-            remove_tree(leftover)
+    folder = checkpoints_folder(run_path)
+    for left in folder.glob(f"*{SUPERSEDED}"):
+        remove_superseded(left)
+    for ending in (UNFINISHED, PARTS):
+        for left in folder.glob(f"*{ending}"):
+            remove_tree(left)
     reached = [path for path in list_checkpoints(run_path) if int(path.name) <= int(saved.name)]
     for path in reached[retention.last :]:
         if not retention.keeps_for_ever(int(path.name)):

@@ -120,10 +120,7 @@ def _write_chunks(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
 
 def _give_up(meeting: Meeting, unfinished: Path, error: BaseException) -> None:
     """Tell the others, and leave nothing of it. What fails here too is no news: it is the same disk."""
-    with contextlib.suppress(OSError):
-        meeting.report_failure(error)
-    with contextlib.suppress(OSError):
-        meeting.end()
+    meeting.give_up(error)
     # What another job has begun under this name since is whole, or will be.
     if meeting.index == 0 and not isinstance(error, TakenOverError):
         with contextlib.suppress(OSError):

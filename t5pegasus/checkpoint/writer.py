@@ -26,7 +26,7 @@ class Stall(NamedTuple):
     """How long a save held up training, in seconds."""
 
     waiting: float
-    """For the save before it, which was still being written."""
+    """For the save before it, which was still being written; and, where that one failed, for itself."""
     copying: float
     """From the devices to the host."""
 
@@ -40,9 +40,12 @@ class CheckpointWriter:
     """Writes the checkpoints of a run behind its back; a context manager, and every process makes one.
 
     At most one save is on its way. It takes host memory of the size of what this process writes; where devices share
-    theirs with the host (CPUs) that is kept for the next save. What a save failed of is raised by the next call of
-    `save` or `finish`. Nothing that the thread does needs a device or another process to be alive: where processes wait
-    for each other it is for files, and not for ever (`meeting`).
+    theirs with the host (CPUs) that is kept for the next save. Nothing that the thread does needs a device or another
+    process to be alive: where processes wait for each other it is for files, and not for ever (`meeting`).
+
+    What a save failed of is in the log at once. A disk, or a store, is then tried once more, by the next save, for
+    which its caller waits; the run ends where that fails, too, or where there is no next one. Each process goes by what
+    it saw itself: whoever saw a failure waits, the others go on meanwhile, and the meeting is the same for all.
 
     Left by an error, a lone process finishes the save that is on its way; one of several does not wait for the others,
     unless the error is one that all of them raise.
@@ -68,6 +71,7 @@ class CheckpointWriter:
         self._memory = Memory()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._meeting: Meeting | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -90,10 +94,13 @@ class CheckpointWriter:
             retention: which older checkpoints to keep when this one is whole.
 
         Raises:
-            OSError: of an earlier save; this one is not begun then.
+            OSError: if both the save before and this one failed; or of something else that the one before failed of,
+                and then this one is not begun.
         """
         began = time.perf_counter()
-        self.finish()
+        failed = self._wait()
+        if failed is not None and not isinstance(failed, OSError):
+            raise failed
         waited = time.perf_counter()
         snapshot = take_snapshot(arrays, self._process[0], self._memory)
         copied = time.perf_counter()
@@ -105,7 +112,11 @@ class CheckpointWriter:
             target=self._write, args=(meeting, snapshot, info, retention), name=f"save {info.step}", daemon=True
         )
         self._thread.start()
-        return Stall(waited - began, copied - waited)
+        if failed is None:
+            return Stall(waited - began, copied - waited)
+        self.finish()
+        logger.warning("%s is saved: the disk, or the store, works again", meeting.path)
+        return Stall(waited - began + time.perf_counter() - copied, copied - waited)
 
     def finish(self) -> None:
         """Wait until the save on its way is on the disk.
@@ -113,16 +124,24 @@ class CheckpointWriter:
         Raises:
             OSError: if it could not be written; older checkpoints are as they were.
         """
+        error = self._wait()
+        if error is not None:
+            raise error
+
+    def _wait(self) -> BaseException | None:
+        """Until no save is on its way; what it failed of."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        return error
 
     def _write(self, meeting: Meeting, snapshot: Snapshot, info: CheckpointInfo, retention: Retention) -> None:
         began = time.perf_counter()
+        before, self._meeting = self._meeting, meeting
         try:
+            if before is not None:
+                before.leave()
             tokenizer_path = self._run_path / "tokenizer"
             check = self._require_ours
             write_checkpoint(meeting, snapshot, info, tokenizer_path, lambda _: check(), check)

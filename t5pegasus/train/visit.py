@@ -31,8 +31,8 @@ class Hooks(NamedTuple):
     evaluate: Callable[[TrainState, Check], dict[str, float]] | None
     """State → {loss, accuracy, perhaps more scores} on held-out text; None where there is none."""
     save: Callable[[TrainState, Course], None]
-    """Write a checkpoint. It may still be writing when it returns, but has no more need of the state, and raises what
-    an earlier save failed of."""
+    """Write a checkpoint. It may still be writing when it returns, but has no more need of the state; behind a save
+    that failed it waits, and raises if this one fails, too."""
     finish_saves: Callable[[], None] = lambda: None
     """Wait until all checkpoints are on the disk."""
     ends_phase: Callable[[int, History], bool] = lambda *_: False

@@ -62,6 +62,23 @@ def test_a_save_over_the_same_step_that_fails_leaves_the_one_before(run_path, do
     assert load_arrays(run_path / "checkpoints" / "4").keys() == draw_arrays(4).keys()
 
 
+def test_what_a_failed_save_was_to_replace_is_back_behind_the_next_one(run_path, monkeypatch):
+    """The run goes on, and the copy that was put aside is the only one."""
+    wanted, keep = verify_checkpoint(run_path / "checkpoints" / "4"), Retention(last=1, steps=frozenset({4}))
+
+    def fail(path, chunk):
+        raise OSError(5, "the store does not answer")
+
+    with CheckpointWriter(run_path) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(t5pegasus.checkpoint.save, "write_chunk", fail)
+            writer.save(draw_arrays(4), info_of(4), keep)
+            writer._thread.join()
+        writer.save(draw_arrays(5), info_of(5), keep)
+    assert verify_checkpoint(run_path / "checkpoints" / "4") == wanted
+    assert {name.split("/")[0] for name in list_files(run_path / "checkpoints")} == {"4", "5"}
+
+
 @pytest.mark.parametrize("call", [0, 1])
 def test_who_was_taken_over_deletes_nothing(run_path, call):
     """Not even of a step that both have come to: there it may be the other one's, and whole."""

@@ -19,6 +19,7 @@ from t5pegasus.checkpoint import (
     verify_checkpoint,
 )
 from t5pegasus.checkpoint.snapshot import Memory, take_snapshot
+from t5pegasus.errors import UsageError
 from tests.checkpoint.conftest import draw_arrays, files_of, info_of, place, save_step, write_tokenizer
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)]
@@ -135,7 +136,7 @@ def test_one_save_at_a_time_and_the_stall_says_what_it_waited_for(slow_disk, tmp
 
 
 @pytest.mark.parametrize("when", ["save", "finish"])
-def test_what_a_save_failed_of_is_raised_once_at_the_next_call(when, tmp_path, monkeypatch):
+def test_what_a_save_failed_of_is_raised_when_it_is_waited_for_or_the_next_one_fails_too(when, tmp_path, monkeypatch):
     save_step(tmp_path, 1)
     before = files_of(tmp_path)
     state = place(draw_arrays(2), (1, 2, 1))
@@ -148,7 +149,8 @@ def test_what_a_save_failed_of_is_raised_once_at_the_next_call(when, tmp_path, m
     writer.save(state, info_of(2), KEEP)
     with pytest.raises(OSError, match="No space") as raised:
         writer.finish() if when == "finish" else writer.save(state, info_of(3), KEEP)
-    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path / "checkpoints" / "2"))
+    failed = tmp_path / "checkpoints" / ("2" if when == "finish" else "3")
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(failed))
     assert files_of(tmp_path) == before
     monkeypatch.undo()
     writer.save(state, info_of(4), KEEP)
@@ -187,3 +189,35 @@ def test_a_save_that_fails_is_told_at_once(tmp_path, monkeypatch, caplog):
     with pytest.raises(ValueError, match="a bug"):
         train()
     assert f"{tmp_path / 'checkpoints' / '1'} could not be saved: [Errno 28] No space" in caplog.text
+
+
+def test_behind_a_save_that_failed_the_next_one_is_tried_and_waited_for(tmp_path, monkeypatch):
+    """A store that did not answer for some minutes, or a disk that was full, costs one checkpoint and not the run."""
+    save_step(tmp_path, 1)
+
+    def fail(path, chunk):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    writer = CheckpointWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(t5pegasus.checkpoint.save, "write_chunk", fail)
+        writer.save(place(draw_arrays(2), (1, 2, 1)), info_of(2), KEEP)
+        writer._thread.join()
+    writer.save(place(draw_arrays(3), (1, 2, 1)), info_of(3), KEEP)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["3", "1"]
+    verify_checkpoint(tmp_path / "checkpoints" / "3")
+    writer.finish()
+
+
+def test_a_save_that_failed_of_something_else_ends_the_next_one_before_it_begins(tmp_path):
+    def taken_over():
+        raise UsageError("taken over")
+
+    write_tokenizer(tmp_path)
+    writer = CheckpointWriter(tmp_path, require_ours=taken_over)
+    writer.save(draw_arrays(1), info_of(1), KEEP)
+    writer._thread.join()
+    writer._require_ours = lambda: None
+    with pytest.raises(UsageError, match="taken over"):
+        writer.save(draw_arrays(2), info_of(2), KEEP)
+    assert list_checkpoints(tmp_path) == []
