@@ -56,7 +56,7 @@ def write_checkpoint(
 ) -> None:
     """This process's part of a checkpoint that all processes write together, as `save_checkpoint`; needs no device.
 
-    `require_ours` is called by the first process before anything that lies there is deleted.
+    `require_ours` is called by the first process before it deletes anything that lies there.
     """
     path, unfinished = meeting.path, unfinished_folder(meeting.path)
     first = meeting.index == 0
@@ -74,7 +74,7 @@ def write_checkpoint(
                 known = entries | meeting.gather()
                 commit_checkpoint(unfinished, path, info, tokenizer_path, add_files, known)
     except BaseException as error:
-        _give_up(meeting, unfinished, error)
+        _give_up(meeting, unfinished, error, require_ours)
         raise
     meeting.end()
     meeting.wait_for_end(entries)
@@ -118,12 +118,16 @@ def _write_chunks(folder: Path, chunks: list[Chunk]) -> dict[str, Any]:
             raise
 
 
-def _give_up(meeting: Meeting, unfinished: Path, error: BaseException) -> None:
-    """Tell the others, and leave nothing of it. What fails here too is no news: it is the same disk."""
+def _give_up(meeting: Meeting, unfinished: Path, error: BaseException, require_ours: Callable[[], None]) -> None:
+    """Tell the others, and leave nothing of it. What fails here too is no news: it is the same disk.
+
+    Raises:
+        TakenOverError: if this is what the error comes from: the new job has cleared away what was being written.
+    """
     meeting.give_up(error)
-    # What another job has begun under this name since is whole, or will be.
     if meeting.index == 0 and not isinstance(error, TakenOverError):
         with contextlib.suppress(OSError):
+            require_ours()  # what another job has begun under this name since is whole, or will be
             remove_tree(unfinished)
 
 

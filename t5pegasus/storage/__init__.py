@@ -7,13 +7,15 @@ whole or absent there is one object, and a folder is whole when the manifest tha
 Nothing here imports fsspec for a local path, and gcsfs is imported when the first `gs://` path is opened.
 """
 
+from t5pegasus.storage.claim import Claim, TakenOverError
 from t5pegasus.storage.fetched import cache_path, fetch, staged_path
 from t5pegasus.storage.files import copy_file, flush, list_files, read_range, remove_tree, write_bytes
-from t5pegasus.storage.mirror import TakenOverError, WorkingCopy, working_copy
+from t5pegasus.storage.mirror import WorkingCopy, working_copy
 from t5pegasus.storage.paths import is_remote, is_remote_text, open_path
 from t5pegasus.storage.trees import copy_tree, publish, require_unused
 
 __all__ = [
+    "Claim",
     "TakenOverError",
     "WorkingCopy",
     "cache_path",

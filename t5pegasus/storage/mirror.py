@@ -8,12 +8,9 @@ committed. A host that goes on with the run therefore finds in the store every r
 import contextlib
 import fcntl
 import hashlib
-import json
 import logging
 import os
-import secrets
 import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -22,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from t5pegasus.errors import UsageError
+from t5pegasus.storage.claim import Claim
 from t5pegasus.storage.fetched import alone, cache_path
-from t5pegasus.storage.files import copy_file, list_files, write_bytes
+from t5pegasus.storage.files import copy_file, write_bytes
 from t5pegasus.storage.paths import is_remote
 
 logger = logging.getLogger(__name__)
 
-_WRITERS = "writers"
 _LEFT_HERE = ("wandb/",)
 """Of other programs, which send it to where it belongs themselves."""
 _BROUGHT_BACK = ".jsonl"
@@ -37,38 +34,32 @@ _LARGEST_SHARE = 0.05
 """Of the time, for mirroring: with large files it comes more rarely."""
 
 
-class TakenOverError(UsageError):
-    """Another job writes this run now: nothing that lies there is this one's to change."""
-
-
 class WorkingCopy:
-    """Where the growing files of a run are written.
+    """Where the growing files of a run are written."""
 
-    In a store each start of a run leaves an object `writers/NUMBER.json`, made on the condition that it does not exist.
-    The run belongs to the highest number: a job that finds a higher one than its own stops, so that a host that was
-    believed dead does not write over the work of its replacement.
-    """
-
-    def __init__(self, run_path: Path, path: Path, number: int | None):
+    def __init__(self, run_path: Path, path: Path, claim: Claim | None):
         self.path = path
         """A local folder; for a local run that of the run itself."""
-        self._run_path, self._number = run_path, number
+        self._run_path, self._claim = run_path, claim
         self._pushed: dict[str, tuple[int, int]] = {}
         self._lock, self._closed = threading.Lock(), threading.Event()
         self._lost: Exception | None = None
 
     def push(self) -> None:
-        """Put what has changed into the store; for a local run, and by a process that has no number, nothing is put.
+        """See that the run is still this job's, and put what has changed into the store, if it lies there.
+
+        A process without a claim does neither.
 
         Raises:
             TakenOverError: if another job has taken the run over.
             OSError: if the store fails.
         """
-        if self._number is None:
+        if self._claim is None:
             return
         with self._lock:
-            self._require_ours()
-            self._put_changed()
+            self._claim.require()
+            if is_remote(self._run_path):
+                self._put_changed()
 
     def _put_changed(self) -> None:
         for file in sorted(path for path in self.path.rglob("*") if path.is_file()):
@@ -77,15 +68,6 @@ class WorkingCopy:
             if self._pushed.get(name) != state and not name.startswith(_LEFT_HERE):
                 write_bytes(self._run_path / name, file.read_bytes())
                 self._pushed[name] = state
-
-    def _require_ours(self) -> None:
-        newer = self._run_path / _WRITERS / _writer_name((self._number or 0) + 1)
-        with contextlib.suppress(FileNotFoundError):
-            who = json.loads(newer.read_bytes())
-            raise TakenOverError(
-                f"{self._run_path} was taken over by process {who['pid']} of host {who['host']} at {who['began']}; "
-                "this one ends, so that they do not write over each other: choose another --run-path for another run"
-            )
 
     def keep_pushing(self) -> None:
         """Push until `close`; a store that fails is tried again, and the next `push` outside says so."""
@@ -104,26 +86,27 @@ class WorkingCopy:
 
 
 @contextlib.contextmanager
-def working_copy(run_path: Path, *, writes: bool) -> Iterator[WorkingCopy]:
+def working_copy(run_path: Path, claim: Claim | None) -> Iterator[WorkingCopy]:
     """The place for the growing files of a run while it goes on.
 
     Args:
         run_path: the run's folder.
-        writes: whether this process writes metrics; what the others of a job write is put into the store at the end.
+        claim: taken, of the process that writes metrics; None of the others of a job, whose files are put into the
+            store at the end.
 
     Raises:
         OSError: if the store fails; also at the end, when the last changes are put there.
     """
     if not is_remote(run_path):
-        yield WorkingCopy(run_path, run_path, None)
+        yield WorkingCopy(run_path, run_path, claim)
         return
     with _own_folder(run_path) as folder:
-        if not writes:
+        if claim is None:
             copy = WorkingCopy(run_path, folder, None)
             yield copy
             copy._put_changed()  # traces of its devices, under names of their own
             return
-        copy = WorkingCopy(run_path, folder, _claim(run_path))
+        copy = WorkingCopy(run_path, folder, claim)
         for entry in run_path.glob(f"*{_BROUGHT_BACK}"):
             copy_file(entry, folder / entry.name)
         thread = threading.Thread(target=copy.keep_pushing, name=f"mirror {run_path}", daemon=True)
@@ -163,20 +146,3 @@ def _own_folder(run_path: Path) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             mark.unlink(missing_ok=True)
-
-
-def _claim(run_path: Path) -> int:
-    """Take the run over from whoever wrote it before: the number of this writer."""
-    numbers = [int(name.partition(".")[0]) for name in list_files(run_path / _WRITERS)]
-    number = max(numbers, default=0)
-    began = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-    who = {"host": socket.gethostname(), "pid": os.getpid(), "began": began, "token": secrets.token_hex(8)}
-    while True:
-        number += 1
-        with contextlib.suppress(FileExistsError):
-            write_bytes(run_path / _WRITERS / _writer_name(number), json.dumps(who).encode(), create=True)
-            return number
-
-
-def _writer_name(number: int) -> str:
-    return f"{number:06d}.json"

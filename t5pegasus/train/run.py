@@ -28,7 +28,7 @@ from t5pegasus.data.loader import load_batches
 from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.errors import DivergedError, PreemptedError, UsageError
 from t5pegasus.sharding import local_batch_rows, make_mesh, place_batch
-from t5pegasus.storage import working_copy
+from t5pegasus.storage import Claim, working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
@@ -50,7 +50,7 @@ from t5pegasus.train.run_folder import (
     settle_run_folder,
 )
 from t5pegasus.train.seam import Measurement, Phase, Run, check_events, train_phases
-from t5pegasus.train.start_records import open_metrics, write_rollbacks, write_start
+from t5pegasus.train.start_records import go_back, open_metrics, write_rollbacks, write_start
 from t5pegasus.train.state import TrainState, state_to_arrays
 from t5pegasus.train.step import make_train_step
 
@@ -96,33 +96,30 @@ def train_run(
         ArtifactError: if one of the artifacts is missing or damaged, or an event does not keep its promise.
         DivergedError: if an update is bad, and `config.train.on_divergence` does not go on.
         PreemptedError: if the run was asked to stop, once what it has done is saved.
+        TakenOverError: if another job was begun in the run folder; nothing of its work is changed.
     """
     control, damaged = control or Control(), set[Path]()
     rollbacks: list[dict[str, Any]] = []
     goodput = Goodput()
-    while True:
-        try:
-            return _train(
-                config,
-                paths,
-                keep_state=keep_state,
-                reset_rows=reset_rows,
-                scorer=scorer,
-                sampler=sampler,
-                events=events,
-                control=control,
-                damaged=damaged,
-                rollbacks=rollbacks,
-                goodput=goodput,
-            )
-        except RollbackNeededError as error:
-            rollbacks.append(error.record)
-        except DamagedError as error:  # what was found when its arrays were read
-            if error.path.parent != paths.run_path / "checkpoints" or error.path in damaged:
-                raise
-            logger.warning("%s; going back to the one before", error)
-            damaged.add(error.path)
-            rollbacks.clear()  # from further back they are made again
+    claim = Claim(paths.run_path) if jax.process_index() == 0 else None
+    try:
+        while True:
+            try:
+                return _train(
+                    config, paths, keep_state=keep_state, reset_rows=reset_rows, scorer=scorer, sampler=sampler,
+                    events=events, control=control, damaged=damaged, rollbacks=rollbacks, goodput=goodput, claim=claim,
+                )  # fmt: skip
+            except RollbackNeededError as error:
+                rollbacks.append(error.record)
+            except DamagedError as error:  # what was found when its arrays were read
+                if error.path.parent != paths.run_path / "checkpoints" or error.path in damaged:
+                    raise
+                logger.warning("%s; going back to the one before", error)
+                damaged.add(error.path)
+                rollbacks.clear()  # from further back they are made again
+    finally:
+        if claim is not None and control.first_step is None:
+            claim.withdraw()
 
 
 def _train(
@@ -138,17 +135,20 @@ def _train(
     damaged: Collection[Path],
     rollbacks: Sequence[dict[str, Any]],
     goodput: Goodput,
+    claim: Claim | None,
 ) -> Path:
     """`train_run`, without the checkpoints that are known to be damaged, and behind the rows of bad updates."""
     mesh = make_mesh(config.mesh)
     record = load_run_record(paths.run_path)
     if record is not None:
         check_resumable(record[0], config, paths.run_path)
-    finish_saves(paths.run_path)
     with contextlib.ExitStack() as stack:
         rows, heldout_rows = open_data(paths.examples_path, paths.heldout_path, config, stack)
         check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
         check_samples(config, sampler, has_heldout=heldout_rows is not None)
+        if claim is not None:
+            claim.take()
+        finish_saves(paths.run_path)
         with control.doing("restore"):
             origin = find_origin(
                 config,
@@ -166,7 +166,7 @@ def _train(
         rows.follow(origin.mixture)
         train, step = config.train, origin.step
         rollbacks = [record for record in rollbacks if record["rollback"] > origin.course.rollbacks]
-        course, start_row = _go_back(origin, rollbacks)
+        course, start_row = go_back(origin, rollbacks)
         train_step = make_train_step(origin.config, mesh)
         if step >= train.steps and not origin.resumed:
             raise UsageError(
@@ -186,7 +186,7 @@ def _train(
             update, memory = prepare_step(origin.config, mesh, train_step, step, last_step)
         settle_run_folder(config, paths, events, resumed=origin.resumed)
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, start_row)))
-        folder = stack.enter_context(working_copy(paths.run_path, writes=jax.process_index() == 0))
+        folder = stack.enter_context(working_copy(paths.run_path, claim))
         metrics = stack.enter_context(open_metrics(folder.path, paths, origin))
         if metrics.writes:
             stack.push(goodput.begin(folder.path, step, control))
@@ -264,13 +264,6 @@ def _save(writer: CheckpointWriter, rows: MixedRows, phase: Phase, state: TrainS
     train = phase.config.train
     kept_steps = frozenset({*best_steps(course.history)[-1:], *(entry["step"] for entry in phase.lineage)})
     writer.save(state_to_arrays(state), info, Retention(train.keep_checkpoints, train.keep_every_steps, kept_steps))
-
-
-def _go_back(origin: Origin, rollbacks: Sequence[dict[str, Any]]) -> tuple[Course, int]:
-    """The course, and the row to go on from, behind those that the checkpoint does not know of."""
-    if not rollbacks:
-        return origin.course, origin.rows
-    return origin.course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
 
 
 def _measure_seams(rows: MixedRows, heldout_rows: MixedRows | None, mesh: Mesh) -> Measurement:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from t5pegasus.config import RunConfig
 from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
+from t5pegasus.train.course import Course
 from t5pegasus.train.estimate import MemoryEstimate
 from t5pegasus.train.metrics import MetricsWriter, peak_flops
 from t5pegasus.train.origin import Origin
@@ -38,6 +39,13 @@ def _open_wandb(folder: Path, paths: RunPaths, config: RunConfig) -> WandbLog | 
     if not project or jax.process_index() != 0:
         return None
     return WandbLog(project, paths.run_path, folder, config.to_json())
+
+
+def go_back(origin: Origin, rollbacks: Sequence[dict[str, Any]]) -> tuple[Course, int]:
+    """The course, and the row to go on from, behind those that the checkpoint does not know of."""
+    if not rollbacks:
+        return origin.course, origin.rows
+    return origin.course._replace(rollbacks=rollbacks[-1]["rollback"], skips=0), rollbacks[-1]["rows"][1]
 
 
 def write_rollbacks(metrics: MetricsWriter, rollbacks: Sequence[dict[str, Any]], origin: Origin) -> None:

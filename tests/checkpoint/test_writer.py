@@ -2,6 +2,7 @@
 
 import errno
 import threading
+import time
 import weakref
 
 import jax
@@ -13,6 +14,7 @@ from t5pegasus.arrays import load_arrays
 from t5pegasus.checkpoint import (
     CheckpointWriter,
     Retention,
+    finish_saves,
     list_checkpoints,
     save_checkpoint,
     snapshot,
@@ -20,6 +22,7 @@ from t5pegasus.checkpoint import (
 )
 from t5pegasus.checkpoint.snapshot import Memory, take_snapshot
 from t5pegasus.errors import UsageError
+from t5pegasus.storage import Claim, TakenOverError
 from tests.checkpoint.conftest import draw_arrays, files_of, info_of, place, save_step, write_tokenizer
 
 MESHES = [(1, 1, 1), (8, 1, 1), (1, 4, 2), (2, 2, 2)]
@@ -221,3 +224,21 @@ def test_a_save_that_failed_of_something_else_ends_the_next_one_before_it_begins
     with pytest.raises(UsageError, match="taken over"):
         writer.save(draw_arrays(2), info_of(2), KEEP)
     assert list_checkpoints(tmp_path) == []
+
+
+def test_a_save_whose_files_another_job_has_cleared_away_ends_by_saying_so(slow_disk, tmp_path):
+    """And leaves what that one has begun under the same name."""
+    write_tokenizer(tmp_path)
+    claim = Claim(tmp_path).take()
+    writer = CheckpointWriter(tmp_path, require_ours=claim.require)
+    writer.save(draw_arrays(1), info_of(1), KEEP)
+    unfinished = tmp_path / "checkpoints" / "1.unfinished"
+    while not list(unfinished.glob("arrays/*/c")):
+        time.sleep(0.01)
+    Claim(tmp_path).take()
+    finish_saves(tmp_path)
+    unfinished.mkdir()
+    slow_disk.set()
+    with pytest.raises(TakenOverError):
+        writer.finish()
+    assert unfinished.is_dir()

@@ -8,6 +8,7 @@ import pytest
 from google_store import GoogleStore, cut_short, hang_up, stop_the_clock
 
 from t5pegasus.storage import (
+    Claim,
     copy_file,
     copy_tree,
     fetch,
@@ -133,10 +134,10 @@ def test_only_one_writer_creates_and_a_lost_answer_is_no_other_writer(google: Go
 
 
 def test_what_grows_is_mirrored(google: GoogleStore, bucket: Any):
-    with working_copy(bucket, writes=True) as copy:
+    with working_copy(bucket, Claim(bucket).take()) as copy:
         (copy.path / "metrics.jsonl").write_text("1\n")
         google.plan("POST", "/upload/", 503)
         copy.push()
         assert (bucket / "metrics.jsonl").read_text() == "1\n"
-    with working_copy(bucket, writes=True) as copy:
+    with working_copy(bucket, Claim(bucket).take()) as copy:
         assert (copy.path / "metrics.jsonl").read_text() == "1\n"

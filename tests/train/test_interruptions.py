@@ -9,6 +9,7 @@ import pytest
 
 from t5pegasus.checkpoint import find_last_good, list_checkpoints, load_arrays, load_checkpoint_info
 from t5pegasus.errors import PreemptedError, UsageError
+from t5pegasus.storage import Claim, TakenOverError
 from t5pegasus.train.control import Control, Request
 from t5pegasus.train.goodput import Goodput, read_attempts, sum_attempts
 from t5pegasus.train.metrics import read_metrics
@@ -59,6 +60,21 @@ class StopIn(Control):
         if (name, step) == self._at:
             self.request(Request.STOP)
         return super().doing(name, step)
+
+
+@pytest.mark.slow
+def test_a_job_in_whose_run_folder_another_one_begins_ends_and_changes_nothing_more(tmp_path, examples_path, config):
+    run_path = tmp_path / "run"
+
+    class TakeOver(Control):
+        def doing(self, name, step=None):
+            if (name, step) == ("save", 6):
+                Claim(run_path).take()
+            return super().doing(name, step)
+
+    with pytest.raises(TakenOverError, match="was taken over by process"):
+        train_run(config, RunPaths(run_path, examples_path), sampler=sample, control=TakeOver())
+    assert {path.name for path in list_checkpoints(run_path)} <= {"3", "4"}  # that of 4 was perhaps on its way
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, l
 from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.json_files import read_json
-from t5pegasus.train import loop, visit
+from t5pegasus.storage import Claim, TakenOverError
+from t5pegasus.train import loop, run, visit
 from t5pegasus.train.meter import read_numbers
 from t5pegasus.train.metrics import read_metrics
 from t5pegasus.train.run import RunPaths, train_run
@@ -129,6 +130,22 @@ def test_a_try_that_saved_nothing_leaves_no_tokenizer_behind(tmp_path, examples_
     last = train_run(with_train(run_config, steps=1), paths)
     for folder in (paths.run_path, last):
         assert (folder / "tokenizer" / "vocab.txt").read_text(encoding="utf-8") == "…"
+
+
+def test_nothing_is_settled_in_a_run_folder_before_it_is_claimed(tmp_path, examples_path, run_config, monkeypatch):
+    """What lies there unfinished may be a save of a job that runs on another host: it is to be told."""
+    run_path, other = tmp_path / "run", Claim(tmp_path / "run").take()
+
+    def look(path):
+        assert path == run_path
+        with pytest.raises(TakenOverError):
+            other.require()
+        raise InterruptedError
+
+    monkeypatch.setattr(run, "finish_saves", look)
+    with pytest.raises(InterruptedError):
+        train_run(run_config, RunPaths(run_path, examples_path))
+    other.require()  # the new job did not begin to train
 
 
 def test_heldout_examples_of_another_tokenizer_are_refused(tmp_path, examples_path, foreign_heldout_path, run_config):
