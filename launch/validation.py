@@ -1,6 +1,7 @@
 """Summaries that a model writes for held-out text while it is being trained: their scores, and a few to read."""
 
 import difflib
+import hashlib
 import itertools
 from collections import Counter
 from collections.abc import Mapping
@@ -65,6 +66,8 @@ def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path
     sources, references = [pair.source for pair in pairs], [pair.reference for pair in pairs]
     tokenizer = load_tokenizer(tokenizer_path)
 
+    scored = hashlib.sha256(repr(list(zip(sources, references))).encode()).hexdigest()
+
     def score(parameters: Mapping[str, Any], check: "Check") -> dict[str, float]:
         summarizer = Summarizer(
             model=config.model,
@@ -78,7 +81,7 @@ def score_summaries_of(config: RunConfig, tokenizer_path: Path, pairs_path: Path
         written = summarizer.summarize(sources, before_batch=check)
         return score_pairs(references, [summary.text for summary in written])
 
-    return Scorer(tuple(DEFINITIONS), score)
+    return Scorer(tuple(DEFINITIONS), score, scored)
 
 
 def make_sampler(config: RunConfig, examples_path: Path, heldout_path: Path | None) -> "Sampler | None":

@@ -30,12 +30,14 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "relpos_buckets": None,
     # of activations
     "batch": ("data", "fsdp"),
+    "replica_batch": "data",
     "length": None,
     "stream_length": "tensor",
     "hidden": None,
 }
 """Logical axis → mesh axis. `embed` is the parameters' d_model axis, `hidden` the activations';
-`stream_length` is the length of activations between blocks, where it is split (`train.split_length`)."""
+`stream_length` is the length of activations between blocks, where it is split (`train.split_length`); `replica_batch`
+are the rows of activations that go to the weights, where these stay in their places (`Execution.split_width`)."""
 
 AXES = ("data", "fsdp", "tensor")
 """Of every mesh, from the outermost, whose devices may lie far apart, to the innermost."""
@@ -195,6 +197,27 @@ def _names(axis: str) -> str:
 def _nearest(size: int, unit: int) -> str:
     below, above = size // unit * unit, -(-size // unit) * unit
     return "nearest: " + (f"{below} or {above}" if below else str(above))
+
+
+def mesh_of(arrays: Mapping[str, Any]) -> Mesh | None:
+    """The mesh over which these arrays lie; None for those of one device, and of NumPy."""
+    shardings = [getattr(array, "sharding", None) for array in arrays.values()]
+    meshes = {sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding)}
+    if len(meshes) > 1:
+        raise ValueError(f"the arrays lie on {len(meshes)} different meshes")
+    mesh = meshes.pop() if meshes else None
+    return mesh if isinstance(mesh, Mesh) else None
+
+
+def batch_unit(mesh: Mesh | None) -> int:
+    """What divides the number of rows of every batch on this mesh."""
+    return 1 if mesh is None else _splits("batch", mesh)
+
+
+def place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Put an array [rows] or [rows, length], the same in every process, on the mesh, rows over data × fsdp."""
+    sharding = NamedSharding(mesh, partition_spec(*("batch", "length")[: array.ndim]))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def batch_shardings(mesh: Mesh) -> Batch:

@@ -117,7 +117,7 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     begun_from = args.checkpoint if is_remote(args.checkpoint) else source
     paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
-    attempt.begin(attempt_facts(config, paths))
+    attempt.begin(attempt_facts(config, paths) | {"held-out pairs": scorer.fingerprint if scorer else "none"})
     sampler = make_sampler(config, examples_path, heldout_path)
     checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, sampler=sampler, control=attempt.control)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]

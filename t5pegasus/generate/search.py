@@ -12,6 +12,7 @@ from t5pegasus.generate.beam import search_beams
 from t5pegasus.generate.options import Generated, GenerationOptions
 from t5pegasus.generate.sequential import write_sequentially
 from t5pegasus.model.decoding import CachedDecoder, DecoderCache
+from t5pegasus.model.execution import Execution
 from t5pegasus.model.t5 import bind
 
 
@@ -28,7 +29,8 @@ def generate(
 ) -> Generated:
     """Write an output for every row; stops as soon as no row can change its result any more.
 
-    Compiled once per shape of the source and the prefix, config, options and dtype.
+    Compiled once per shape of the source and the prefix, config, options and dtype. With a mesh in context the program
+    runs on all of it, on parameters that stay split as in training and rows that divide over data × fsdp.
 
     Args:
         config: the model's shape; its token ids start, end and pad the outputs.
@@ -43,8 +45,9 @@ def generate(
     Returns:
         Tokens, lengths and scores: of `num_beams` hypotheses per row, or `num_return` samples, best first.
     """
-    model = bind(config, parameters, compute_dtype)
-    decoder = CachedDecoder.over(model, model.encode(source_tokens, source_segment_ids), source_segment_ids > 0)
+    encoded = bind(config, parameters, compute_dtype).encode(source_tokens, source_segment_ids)
+    model = bind(config, parameters, compute_dtype, Execution(split_width=True))
+    decoder = CachedDecoder.over(model, encoded, source_segment_ids > 0)
     inputs = jnp.full((len(source_tokens), 1), config.decoder_start_token_id, jnp.int32)
     if prefix_tokens is not None:
         inputs = jnp.concatenate([inputs, jnp.asarray(prefix_tokens, jnp.int32)], axis=1)

@@ -1,18 +1,21 @@
 """Summaries of texts: clean, tokenise, group by length into few shapes, search, answer in the order of the texts."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from t5pegasus.checkpoint import load_checkpoint_info, load_parameters
 from t5pegasus.config import ModelConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
+from t5pegasus.sharding import batch_unit, mesh_of, place_rows
 from t5pegasus.text.clean import clean_text
 from t5pegasus.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,11 +36,15 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Summarizer:
-    """A model with its tokenizer and the way to search; runs on one device."""
+    """A model with its tokenizer and the way to search; runs where its parameters are.
+
+    Where they are split over a mesh, so is the work, and all of its processes call a summarizer alike: with the same
+    texts, to get the same summaries.
+    """
 
     model: ModelConfig
     parameters: Mapping[str, Any]
-    """float32, by dotted name."""
+    """float32, by dotted name; of one device, or of a mesh, as `sharding.param_shardings` splits them."""
     tokenizer: Tokenizer
     options: GenerationOptions
     max_source_tokens: int
@@ -81,7 +88,8 @@ class Summarizer:
         They are fewer where the search found fewer, or where two of them read the same (the better one is kept).
         Texts of similar length share a batch, whatever their order. Its width is the next power of two from
         `MIN_SOURCE_WIDTH` on (or `max_source_tokens`), its number of rows the next power of two up to
-        `batch_size`, so that a corpus needs a handful of compiled programs.
+        `batch_size`, so that a corpus needs a handful of compiled programs. On a mesh both numbers of rows are rounded
+        up to what its data and fsdp axes divide.
 
         Args:
             texts: cleaned here as documents are before training.
@@ -99,16 +107,25 @@ class Summarizer:
         }
         summaries = [[Summary("", 0.0, 0)] for _ in texts]
         by_length = sorted(sources, key=lambda index: len(sources[index]))
-        for start in range(0, len(by_length), self.batch_size):
+        for start in range(0, len(by_length), self._num_rows(self.batch_size)):
             before_batch()
-            indices = by_length[start : start + self.batch_size]
+            indices = by_length[start : start + self._num_rows(self.batch_size)]
             written = self._write([sources[index] for index in indices], np.array(indices) + first_index)
             for index, candidates in zip(indices, written):
                 summaries[index] = candidates
         return summaries
 
+    @functools.cached_property
+    def _mesh(self) -> Mesh | None:
+        return mesh_of(self.parameters)
+
+    def _num_rows(self, wanted: int) -> int:
+        """Of a batch that has at least so many, where the mesh divides it."""
+        unit = batch_unit(self._mesh)
+        return -(-wanted // unit) * unit
+
     def _write(self, sources: list[list[int]], indices: np.ndarray) -> list[list[Summary]]:
-        num_rows = min(_next_power_of_two(len(sources)), self.batch_size)
+        num_rows = self._num_rows(max(len(sources), min(_next_power_of_two(len(sources)), self.batch_size)))
         longest = max(map(len, sources))
         width = min(max(_next_power_of_two(longest), MIN_SOURCE_WIDTH), self.max_source_tokens)
         tokens = np.full((num_rows, width), self.model.pad_token_id, np.int32)
@@ -119,14 +136,21 @@ class Summarizer:
         row_ids = np.zeros(num_rows, np.uint32)
         row_ids[: len(sources)] = indices
         prefix = np.tile(np.array(self._prefix_ids(), np.int32), (num_rows, 1))
-        generated = jax.device_get(
-            generate(
-                self.model, self.parameters, tokens, segment_ids, row_ids, self.options, self.compute_dtype, prefix
-            )
-        )
+        generated = self._generate(tokens, segment_ids, row_ids, prefix)
         return [
             self._read(*(array[row] for array in generated), index=index) for row, index in enumerate(indices.tolist())
         ]
+
+    def _generate(self, tokens: np.ndarray, segment_ids: np.ndarray, row_ids: np.ndarray, prefix: np.ndarray) -> Any:
+        """What the search finds, on the host of every process."""
+        run = functools.partial(generate, options=self.options, compute_dtype=self.compute_dtype)
+        mesh = self._mesh
+        if mesh is None:
+            return jax.device_get(run(self.model, self.parameters, tokens, segment_ids, row_ids, prefix_tokens=prefix))
+        *sources, prefix = (place_rows(array, mesh) for array in (tokens, segment_ids, row_ids, prefix))
+        with jax.set_mesh(mesh):
+            generated = run(self.model, self.parameters, *sources, prefix_tokens=prefix)
+            return jax.device_get(jax.device_put(generated, NamedSharding(mesh, PartitionSpec())))
 
     def _read(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, index: int) -> list[Summary]:
         """The different texts among the hypotheses of one row."""

@@ -16,6 +16,7 @@ from t5pegasus.model.attention import relative_bias
 from t5pegasus.model.layers import Dropout
 from t5pegasus.model.stack import DecoderLayer
 from t5pegasus.model.t5 import T5
+from t5pegasus.sharding import constrain
 
 _NO_DROPOUT = Dropout(0.0, None)
 
@@ -71,10 +72,12 @@ class CachedDecoder:
         """An empty cache for so many hypotheses per source and decoder positions."""
         slots = num_hypotheses * max_tokens
         ancestors = jnp.full((len(self.source_mask), num_hypotheses, max_tokens), -1, jnp.int32)
+        keys = (jnp.zeros((*keys.shape[:3], slots), keys.dtype) for keys in self.cross_keys)
+        values = (jnp.zeros((*v.shape[:2], slots, v.shape[3]), v.dtype) for v in self.cross_values)
         return DecoderCache(
-            keys=tuple(jnp.zeros((*keys.shape[:3], slots), keys.dtype) for keys in self.cross_keys),
-            values=tuple(jnp.zeros((*v.shape[:2], slots, v.shape[3]), v.dtype) for v in self.cross_values),
-            ancestors=ancestors,
+            keys=tuple(constrain(each, "batch", "heads", "qk", "length") for each in keys),
+            values=tuple(constrain(each, "batch", "heads", "length", "vo") for each in values),
+            ancestors=constrain(ancestors, "batch", "length", "length"),
         )
 
     def step(self, cache: DecoderCache, tokens: jax.Array, position: jax.Array) -> tuple[jax.Array, DecoderCache]:

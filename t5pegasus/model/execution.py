@@ -31,12 +31,20 @@ class Execution:
     """Between its blocks the stream is split over the tensor axis by length, so that norms, dropout and sums are
     shared out, too (sequence parallelism, Korthikanti et al. 2022)."""
 
+    split_width: bool = False
+    """The stream is split over the fsdp axis by its width as the weights are, not by rows, and so comes to the weights
+    instead of these to it: for decoding, where it is the smaller one by far (Pope et al. 2022, weight-stationary)."""
+
     def scatter(self, x: jax.Array) -> jax.Array:
         """What is added to the stream, [b, t, embed], in the part of each device."""
+        if self.split_width:
+            return constrain(x, "replica_batch", "length", "embed")
         return constrain(x, "batch", "stream_length" if self.split_length else "length", "hidden")
 
     def gather(self, x: jax.Array) -> jax.Array:
         """What a block reads, [b, t, embed], at all positions."""
+        if self.split_width:
+            return constrain(x, "replica_batch", "length", "embed")
         return constrain(x, "batch", "length", "hidden") if self.split_length else x
 
     def checkpoint(self, step: Callable[..., Any]) -> Callable[..., Any]:

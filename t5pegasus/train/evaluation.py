@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from t5pegasus.batch import Batch
 from t5pegasus.config import RunConfig
@@ -21,8 +21,8 @@ from t5pegasus.train.state import TrainState, evaluated_parameters
 Evaluate = Callable[[TrainState, Check], dict[str, float]]
 """State → scores of the weights that users will take; the check is called between batches, and may raise."""
 Sampler = Callable[[RunConfig, Mapping[str, Any]], list[dict[str, Any]]]
-"""Config, parameters by dotted name, whole on this process's first device → summaries of a few held-out sources, each
-{source, reference, summary, scores}."""
+"""Config, parameters by dotted name, split over the mesh as they are trained → summaries of a few held-out sources,
+each {source, reference, summary, scores}. All processes call it together, and have the same sources."""
 
 LOSSES = ("loss", "accuracy")
 """What is known without writing summaries."""
@@ -33,8 +33,10 @@ class Scorer(NamedTuple):
 
     names: tuple[str, ...]
     score: Callable[[Mapping[str, Any], Check], dict[str, float]]
-    """Parameters by dotted name, whole on this process's first device → each of `names`; the check is called between
-    batches."""
+    """Parameters by dotted name, split over the mesh as they are trained → each of `names`; the check is called between
+    batches. All processes call it together, and score the same."""
+    fingerprint: str = ""
+    """Of what is scored, for all processes to agree on before."""
 
 
 def make_evaluate(
@@ -53,22 +55,21 @@ def make_evaluate(
         losses = heldout_loss(parameters, _checked(itertools.islice(load_epoch(rows, batch_size), max_batches), check))
         if scorer is None:
             return losses
-        scores = scorer.score(_on_one_device(parameters, mesh), check)
+        scores = scorer.score(parameters, check)
         return losses | dict(zip(scorer.names, _agree([scores[name] for name in scorer.names])))
 
     return evaluate
 
 
 def make_sample(
-    sampler: Sampler | None, config: RunConfig, mesh: Mesh
+    sampler: Sampler | None, config: RunConfig
 ) -> Callable[[TrainState, Check], list[dict[str, Any]]] | None:
-    """A function state → summaries by the weights that users will take, on the first process; None if not wanted."""
+    """A function state → summaries by the weights that users will take; None if not wanted."""
     if sampler is None or not config.train.sample_every_steps:
         return None
 
     def sample(state: TrainState, check: Check) -> list[dict[str, Any]]:
-        parameters = _on_one_device(evaluated_parameters(state), mesh)
-        return sampler(config, parameters) if jax.process_index() == 0 else []
+        return sampler(config, evaluated_parameters(state))
 
     return sample
 
@@ -111,14 +112,6 @@ def check_keep_best(config: RunConfig, scorer: Scorer | None, *, has_heldout: bo
             f"train.keep_best={wanted!r} is not evaluated in this run; choose one of {', '.join(known)}; "
             "scores of summaries are for finetune"
         )
-
-
-def _on_one_device(parameters: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
-    """Whole copies, where each process generates for itself; they are gone after the evaluation."""
-    if mesh.size == 1:
-        return dict(parameters)
-    replicate = jax.jit(dict, out_shardings=NamedSharding(mesh, PartitionSpec()))
-    return {name: array.addressable_data(0) for name, array in replicate(parameters).items()}
 
 
 def _agree(values: list[float]) -> list[float]:

@@ -207,7 +207,7 @@ def _train(
             metrics=metrics,
             measurement=_measure_seams(rows, heldout_rows, mesh),
             make_evaluate=lambda config: heldout_rows and make_evaluate(heldout_rows, config, mesh, scorer),
-            make_sample=lambda config: make_sample(sampler, config, mesh),
+            make_sample=lambda config: make_sample(sampler, config),
             save=functools.partial(_save, writer, rows),
             finish_saves=writer.finish,
             control=control,

@@ -1,15 +1,17 @@
 import dataclasses
+import math
 
 import jax
 import numpy as np
 import pytest
 
-from t5pegasus.config import ModelConfig
+from t5pegasus.config import MeshConfig, ModelConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.generate.options import GenerationOptions
 from t5pegasus.generate.search import generate
 from t5pegasus.generate.summarize import Summarizer, Summary
-from t5pegasus.model.t5 import init_parameters
+from t5pegasus.model.t5 import declare_parameters, init_parameters
+from t5pegasus.sharding import make_mesh, param_shardings, place_rows
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
 
 TEXTS = [
@@ -50,6 +52,39 @@ def test_summaries_come_in_the_order_of_the_texts(parameters):
         assert shuffled[place].score == pytest.approx(summaries[index].score, rel=1e-4)
     assert summaries[3].text == summaries[6].text
     assert len({summary.text for summary in summaries}) > 2, "the test wants different summaries"
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [((1, 1, 1), {}), ((2, 2, 2), {}), pytest.param((1, 4, 2), {"num_beams": 3}, marks=pytest.mark.slow)],
+    ids=["one device", "all axes", "beam"],
+)
+def test_a_mesh_writes_what_one_device_writes(parameters, sizes, options):
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
+    split = jax.device_put(parameters, param_shardings(declare_parameters(MODEL), mesh))
+    ours = make_summarizer(split, batch_size=3, **options).summarize(TEXTS)
+    theirs = make_summarizer(parameters, batch_size=3, **options).summarize(TEXTS)
+    for one, other in zip(ours, theirs, strict=True):
+        assert (one.text, one.num_tokens) == (other.text, other.num_tokens)
+        assert one.score == pytest.approx(other.score, rel=1e-4)
+
+
+def test_no_device_of_a_mesh_ever_holds_all_weights():
+    model = dataclasses.replace(MODEL, vocab_size=128, d_model=128, d_ff=256, num_decoder_layers=6)
+    mesh = make_mesh(MeshConfig(1, 8, 1))
+    specs = declare_parameters(model)
+    shardings = param_shardings(specs, mesh)
+    abstract = {
+        name: jax.ShapeDtypeStruct(spec.shape, np.float32, sharding=shardings[name]) for name, spec in specs.items()
+    }
+    tokens, rows = (place_rows(np.zeros(shape, np.int32), mesh) for shape in ((8, 16), (8,)))
+    with jax.set_mesh(mesh):
+        options = GenerationOptions(8)
+        program = generate.lower(model, abstract, tokens, tokens, rows.astype(np.uint32), options).compile()
+    memory = program.memory_analysis()
+    own = sum(4 * math.prod(shardings[name].shard_shape(spec.shape)) for name, spec in specs.items())
+    assert memory.argument_size_in_bytes == pytest.approx(own, rel=0.01)
+    assert memory.temp_size_in_bytes < 8 * own / 2, "beside its layers one by one, and one whole layer of the encoder"
 
 
 def test_an_empty_text_has_an_empty_summary(parameters):

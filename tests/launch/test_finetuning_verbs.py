@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -25,6 +28,7 @@ from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import init_parameters
 from t5pegasus.text.read import Document
 from t5pegasus.text.tokenizer.wordpiece import WordpieceTokenizer
+from t5pegasus.train.metrics import read_metrics
 
 CHARACTERS = "东西南北城区路桥站馆园校医院市场今明早晚雨晴开闭修建"
 
@@ -72,6 +76,7 @@ def test_it_keeps_the_best_by_a_score_of_summaries_of_sources_longer_than_in_pre
         "--train.batch-size", "8", "--train.evaluate-every-steps", "4", "--train.save-every-steps", "100",
         "--train.keep-checkpoints", "1", "--keep-best", "rouge-1", "--train.max-scored-pairs", "4",
         "--optimizer.learning-rate", "0.01", "--optimizer.warmup-steps", "1", "--optimizer.freeze", "*.relative_bias",
+        "--mesh.fsdp", "2", "--mesh.tensor", "2",
     ]  # fmt: skip
     finetune.main(command)
     printed = capsys.readouterr().out
@@ -89,6 +94,37 @@ def test_it_keeps_the_best_by_a_score_of_summaries_of_sources_longer_than_in_pre
     assert f"checkpoint: {best}" in printed
     finetune.main(command)
     assert capsys.readouterr().out == printed
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_score_the_summaries_of_one(checkpoint, pairs, tmp_path):
+    command = [
+        "finetune", str(checkpoint), "--train-path", str(pairs["train"]), "--heldout-path", str(pairs["dev"]),
+        "--epochs", "1", "--data.max-source-tokens", "96", "--data.max-target-tokens", "8", "--train.batch-size", "8",
+        "--train.evaluate-every-steps", "3", "--train.sample-every-steps", "3", "--train.num-samples", "5",
+        "--keep-best", "rouge-1", "--mesh.fsdp", "2", "--run-path",
+    ]  # fmt: skip
+    finetune.main([*command[1:], str(tmp_path / "one")])
+    launched = ["launch", "local", "--processes", "2", "--", *command, str(tmp_path / "two")]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.cli", *launched], check=False, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        [
+            record
+            for record in read_metrics(tmp_path / name / "metrics.jsonl")
+            if record["kind"] in ("heldout", "sample")
+        ]
+        for name in ("one", "two")
+    )
+    assert [record["kind"] for record in one] == [record["kind"] for record in two]
+    assert any(sample["summary"] for record in one for sample in record.get("samples", ()))
+    for ours, theirs in zip(two, one):
+        assert ours.get("samples") == theirs.get("samples")
+        assert ours.get("rouge-1") == theirs.get("rouge-1")
+        assert ours.get("loss", 0.0) == pytest.approx(theirs.get("loss", 0.0), rel=1e-5)
 
 
 def test_it_says_why_it_stopped_early(checkpoint, pairs, tmp_path, capsys):

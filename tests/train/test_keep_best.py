@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -71,7 +72,7 @@ class GivenScores:
         self.step = first
 
     def __call__(self, parameters, check):
-        assert len(parameters["lm_head"].devices()) == 1
+        assert len(parameters["lm_head"].devices()) == jax.device_count()  # where they are trained
         self.step += 2
         return {"rouge-l": SCORES.get(self.step - 2, 0.0), "other": 1.0}
 
