@@ -183,7 +183,8 @@ def report_result(checkpoint: Path, run_path: Path, next_command: str) -> None:
         print(f"stopped at step {info.step} of {train.steps}: {score} did not improve in {train.patience} evaluations")
     for entry in info.history:
         if score is not None and entry.get("best") and entry["step"] == best_steps(info.history)[-1]:
-            best = f"{entry[score]:.4f}" if score == "loss" else f"{100 * entry[score]:.2f} %"  # as evaluate says it
+            percent = 100 if score == "accuracy" else 1  # the others are in percent already
+            best = f"{entry[score]:.4f}" if score == "loss" else f"{percent * entry[score]:.2f} %"
             print(f"best {score}: {best} at step {entry['step']}; the run's name means this checkpoint")
     print(f"checkpoint: {checkpoint}")
     print(f"next: {next_command}   or: t5pegasus report {shlex.quote(str(run_path))}")

@@ -147,9 +147,9 @@ class Summarizer:
         mesh = self._mesh
         if mesh is None:
             return jax.device_get(run(self.model, self.parameters, tokens, segment_ids, row_ids, prefix_tokens=prefix))
-        *sources, prefix = (place_rows(array, mesh) for array in (tokens, segment_ids, row_ids, prefix))
+        *sources, placed = (place_rows(array, mesh) for array in (tokens, segment_ids, row_ids, prefix))
         with jax.set_mesh(mesh):
-            generated = run(self.model, self.parameters, *sources, prefix_tokens=prefix)
+            generated = run(self.model, self.parameters, *sources, prefix_tokens=placed)
             return jax.device_get(jax.device_put(generated, NamedSharding(mesh, PartitionSpec())))
 
     def _read(self, tokens: np.ndarray, lengths: np.ndarray, scores: np.ndarray, index: int) -> list[Summary]:

@@ -90,7 +90,7 @@ def test_it_keeps_the_best_by_a_score_of_summaries_of_sources_longer_than_in_pre
     assert int(best.name) == marked[-1]
     assert scores[marked[-1]] == max(list(scores.values())[1:])
     assert {path.name for path in list_checkpoints(run_path)} == {best.name, last.name}
-    assert f"best rouge-1: {100 * scores[marked[-1]]:.2f} % at step {best.name}" in printed
+    assert f"best rouge-1: {scores[marked[-1]]:.2f} % at step {best.name}" in printed
     assert f"checkpoint: {best}" in printed
     finetune.main(command)
     assert capsys.readouterr().out == printed
