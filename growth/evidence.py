@@ -4,6 +4,7 @@ import contextlib
 import itertools
 from collections.abc import Generator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +16,24 @@ from t5pegasus.errors import UsageError
 
 _HELDOUT_BATCH_SIZE = 8
 _MAX_HELDOUT_BATCHES = 4
+_NUM_RANDOM_ROWS, _MAX_RANDOM_SOURCE, _MAX_RANDOM_TARGET = 8, 64, 32
+
+
+class EvidenceShape(NamedTuple):
+    """The batches that two models are compared on."""
+
+    batches: int
+    rows: int
+    source_tokens: int
+    target_tokens: int
+
+
+def expect_evidence(data: DataConfig, *, with_examples: bool) -> EvidenceShape:
+    """The batches there will be at most, of examples or else of random tokens."""
+    if with_examples:
+        return EvidenceShape(_MAX_HELDOUT_BATCHES, _HELDOUT_BATCH_SIZE, data.max_source_tokens, data.max_target_tokens)
+    source, target = min(_MAX_RANDOM_SOURCE, data.max_source_tokens), min(_MAX_RANDOM_TARGET, data.max_target_tokens)
+    return EvidenceShape(1, _NUM_RANDOM_ROWS, source, target)
 
 
 def load_evidence(
@@ -62,7 +81,7 @@ def open_rows(checkpoint_path: Path, info: CheckpointInfo, examples_path: Path) 
 
 def draw_batches(config: ModelConfig, data: DataConfig, seed: int) -> list[Batch]:
     """Eight rows of uniformly random tokens, for a growth without held-out text; no target is a masked token."""
-    num_rows, num_source, num_target = 8, min(64, data.max_source_tokens), min(32, data.max_target_tokens)
+    _, num_rows, num_source, num_target = expect_evidence(data, with_examples=False)
     random = np.random.default_rng(seed)
     source = random.integers(config.vocab_size, size=(num_rows, num_source), dtype=np.int32)
     target = random.integers(config.num_open_tokens, size=(num_rows, num_target), dtype=np.int32)

@@ -3,29 +3,33 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from growth.axis_growth import PROMISES, AxisGrowth
+from growth.evidence import EvidenceShape, expect_evidence
+from growth.receipt import LEVELS
+from growth.receipt_costs import estimate_receipt, format_bytes
 from growth.t5 import ModelGrowth
+from t5pegasus.config import DataConfig
 from t5pegasus.model.t5 import count_parameters
 
 BYTES_PER_SECOND = 800e6
 """What the surgery writes on two cores and a local disk, checksums included (benchmarks/RESULTS.md, out of core)."""
 RESIDENT_BYTES = 350e6
 """What it holds at most, whatever the model's size (the same benchmark)."""
-RECEIPT_BYTES = {"full": 600e6, "logits": 350e6, "arrays": 200e6}
-"""What the receipt's process takes by itself, compiled programs included: measured at d_model 12."""
+_RANDOM = expect_evidence(DataConfig(), with_examples=False)
 _WIDTH = 36
 """Of a column; longer cells go on below."""
 _COLUMNS = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
 
 
-def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
+def explain(growth: ModelGrowth, groups: Iterable[str], evidence: EvidenceShape = _RANDOM) -> str:
     """The plan as a table: one line for axes that grow alike, what it promises, and what it will take.
 
     Args:
         growth: the plan.
         groups: the parts of the source's state of the size of its parameters: `parameters`, `first_moment`…
+        evidence: what the receipt will compare the models on.
     """
     alike: dict[tuple[str, ...], list[str]] = {}
     for each in growth.plan.axes:
@@ -49,12 +53,10 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
         f"promise: {promise}, {PROMISES[promise]}",
         f"learning rate: {policies[rate.policy]}",
         f"parameters: {before:,} → {after:,} ({after / before:.2f} ×)",
-        f"surgery: reads {_bytes(read)}, writes {_bytes(written)} ({' + '.join(groups)}), "
+        f"surgery: reads {format_bytes(read)}, writes {format_bytes(written)} ({' + '.join(groups)}), "
         f"about {_seconds(written / BYTES_PER_SECOND)} on two cores and a local disk, "
-        f"at most {_bytes(RESIDENT_BYTES)} of memory",
-        f"receipt: about {_bytes(RECEIPT_BYTES['full'] + 100 * after)} of memory, in a process of its own; "
-        f"{_bytes(RECEIPT_BYTES['logits'] + 20 * after)} with --receipt logits, and with --receipt arrays "
-        f"{_bytes(RECEIPT_BYTES['arrays'])} and a few times the largest array",
+        f"at most {format_bytes(RESIDENT_BYTES)} of memory",
+        _describe_receipt(growth, evidence),
     ]
     if choices.learned is not None:
         rows = "the run's batches" if choices.learned.batch_size is None else f"{choices.learned.batch_size} rows"
@@ -68,6 +70,17 @@ def explain(growth: ModelGrowth, groups: Iterable[str]) -> str:
             "because gains are scaled"
         )
     return "\n".join([*lines, *(f"note: {remark}" for remark in growth.remarks)])
+
+
+def _describe_receipt(growth: ModelGrowth, evidence: EvidenceShape) -> str:
+    """What a receipt of each level will take, in a line."""
+    full, *others = (f"{estimate_receipt(growth, level, evidence)} with --receipt {level}" for level in LEVELS)
+    compared = f"{evidence.rows} rows of {evidence.source_tokens} + {evidence.target_tokens} tokens"
+    batches = "" if evidence.batches == 1 else f"up to {evidence.batches} × "
+    return (
+        f"receipt: about {full}, comparing {batches}{compared}, in a process of its own; {', '.join(others)}; "
+        "times on two cores"
+    )
 
 
 def _count_bytes(growth: ModelGrowth, groups: Iterable[str]) -> tuple[int, int]:
@@ -137,12 +150,6 @@ def _format_table(cells: list[tuple[str, ...]]) -> list[str]:
         rows += itertools.zip_longest(*wrapped, fillvalue="")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-
-
-def _bytes(number: float) -> str:
-    units: Mapping[int, str] = {0: "B", 1: "kB", 2: "MB", 3: "GB", 4: "TB"}
-    power = min(int(math.log10(max(number, 1)) // 3), 4)
-    return f"{number / 1000**power:.3g} {units[power]}"
 
 
 def _seconds(number: float) -> str:

@@ -9,7 +9,8 @@ function, and with it the sums, but not this. It is therefore asked of the same 
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,11 +20,13 @@ import numpy as np
 from growth.leaves import grow_arrays
 from growth.logits import NUM_PERMUTATIONS, LogitComparison, Rewriting, draw_rewritings, rewrite
 from growth.operators import KINDS
+from growth.plan import GrowthPlan
 from growth.receipt import GradientMap, LogitDifference
 from growth.t5 import ModelGrowth
 from t5pegasus.axes import ParamSpec, dual_multipliers, logical_axis
 from t5pegasus.batch import Batch
 from t5pegasus.config import ModelConfig
+from t5pegasus.model.execution import Execution
 from t5pegasus.model.t5 import bind, declare_parameters
 from t5pegasus.train.loss import sum_losses
 
@@ -31,6 +34,8 @@ Arrays = Mapping[str, Any]
 
 _COMPILER_OPTIONS = {"xla_backend_optimization_level": 0}
 """Most of the time that these programs take is their compilation."""
+_EXECUTION = Execution(remat="full")
+"""Activations in float64 would otherwise take more memory than the parameters do."""
 
 
 def check_gradients(
@@ -45,25 +50,31 @@ def check_gradients(
         batch: to compare on.
         seed: of the permutations.
     """
-    specs = growth.specs
-    wide = {name: np.asarray(array, np.float64) for name, array in source.items()}
+    specs, sizes = growth.specs, growth.source
     rewritings = draw_rewritings(specs, seed)
-    gradients, logits = source_gradients(growth.source, wide, rewritings.unchanged, batch)
-    gradients = {name: np.asarray(each) for name, each in gradients.items()}
-    floor, others = 0.0, []
-    for each in rewritings.permuted:
-        permuted, other = source_gradients(growth.source, wide, each, batch)
-        floor = max(floor, *(error for error, _ in _errors(permuted, gradients)))
-        others.append(np.asarray(other))
-    del permuted
+    wide = {name: jnp.asarray(array, jnp.float64) for name, array in source.items()}
+    del source  # what is measured is larger than it by far, and should not stand beside what no longer counts
+    gradients, logits = source_gradients(sizes, wide, rewritings.unchanged, batch)
+    model = same_function(sizes, target)
     silent = dataclasses.replace(growth.plan, choices=dataclasses.replace(growth.plan.choices, noise=0.0))
-    model = same_function(growth.source, target)
-    found, _ = grown_gradients(model, grow_arrays("parameters", wide, specs, silent), batch)
-    elementwise = max(_errors(*_mask_kept(growth, found, gradients)), default=(0.0, "none"))
-    found, grown_logits = grown_gradients(model, grow_arrays("parameters", wide, specs, growth.plan), batch)
-    summed = max(_errors(_sum_over_copies(growth, found), gradients))
-    comparison = LogitComparison(growth.source.num_open_tokens, 1 + NUM_PERMUTATIONS)
-    comparison.add(logits, (grown_logits, *others), batch.decoder_loss_weights)
+    found, _ = grown_gradients(model, _grow_parameters(wide, growth.specs, silent), batch)
+    elementwise = _largest_error(_pair_kept(growth, found, gradients))
+    del found
+    found, grown_logits = grown_gradients(model, _grow_parameters(wide, growth.specs, growth.plan), batch)
+    summed = _largest_error(_pair_sums(growth, found, gradients))
+    del found
+    floor = 0.0
+
+    def permute() -> Iterator[jax.Array]:
+        nonlocal floor
+        for each in rewritings.permuted:
+            permuted, permuted_logits = source_gradients(sizes, wide, each, batch)
+            floor = max(floor, _largest_error((name, permuted[name], wanted) for name, wanted in gradients.items())[0])
+            del permuted
+            yield permuted_logits
+
+    comparison = LogitComparison(sizes.num_open_tokens, 1 + NUM_PERMUTATIONS)
+    comparison.add(logits, itertools.chain([grown_logits], permute()), batch.decoder_loss_weights)
     return GradientMap(elementwise[0], elementwise[1], summed[0], summed[1], floor), comparison.finish()
 
 
@@ -72,36 +83,46 @@ def same_function(source: ModelConfig, target: ModelConfig) -> ModelConfig:
     return dataclasses.replace(target, num_masked_tokens=target.vocab_size - source.num_open_tokens)
 
 
-def _errors(found: Arrays, wanted: Arrays) -> Iterator[tuple[float, str]]:
-    """For each parameter the largest error, relative to its largest gradient, or to the largest of all if that is 0."""
-    sizes = {name: float(np.max(np.abs(each))) for name, each in wanted.items()}
-    for name, size in sizes.items():
-        error = float(np.max(np.abs(np.asarray(found[name]) - wanted[name])))
-        relative = error / (size or max(sizes.values()) or 1.0)
-        yield (np.inf if np.isnan(relative) else relative), name
+def _grow_parameters(source: Arrays, specs: Mapping[str, ParamSpec], plan: GrowthPlan) -> dict[str, jax.Array]:
+    """The grown parameters on the device, one after another, so that no second copy of all of them is in memory."""
+    return {
+        name: jax.device_put(grow_arrays("parameters", {name: array}, specs, plan)[name])
+        for name, array in source.items()
+    }
 
 
-def _mask_kept(growth: ModelGrowth, found: Arrays, gradients: Arrays) -> tuple[dict[str, Any], dict[str, Any]]:
+def _largest_error(triples: Iterable[tuple[str, Any, Any]]) -> tuple[float, str]:
+    """The largest error of all parameters (name, found, wanted), and whose it is; (0, "none") if there are none.
+
+    Each is relative to the parameter's largest gradient, or to the largest of all if that is 0.
+    """
+    errors = [
+        (float(np.max(np.abs(np.asarray(found) - wanted))), float(np.max(np.abs(wanted))), name)
+        for name, found, wanted in ((name, found, np.asarray(wanted)) for name, found, wanted in triples)
+    ]
+    largest = max((size for _, size, _ in errors), default=0.0)
+    relative = ((error / (size or largest or 1.0), name) for error, size, name in errors)
+    return max(((np.inf if np.isnan(error) else error, name) for error, name in relative), default=(0.0, "none"))
+
+
+def _pair_kept(growth: ModelGrowth, found: Arrays, gradients: Arrays) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """What is found and wanted where g' = r·g: at entries that the source had, in parameters without a refined table.
 
     (Which of its rows a bucket's gradient falls to is decided by the distances in the data.)
     """
-    got, wanted = {}, {}
     for name, spec in growth.specs.items():
         if any(axis in growth.plan.maps and KINDS[logical_axis(axis)] == "table" for axis in spec.axes):
             continue
-        expected, mask = gradients[name], np.ones((1,) * len(spec.axes), bool)
+        expected, mask = np.asarray(gradients[name]), np.ones((1,) * len(spec.axes), bool)
         for place, axis, entry in _growing(spec, growth):
             expected = np.take(expected, entry.sources, axis=place)
             expected = expected * _along(dual_multipliers(axis, spec, entry)[1], place, spec)
             mask = mask & _along(~entry.created, place, spec)
-        wanted[name] = np.where(mask, expected, 0.0)
-        got[name] = np.where(mask, np.asarray(found[name]), 0.0)
-    return got, wanted
+        yield name, np.where(mask, np.asarray(found[name]), 0.0), np.where(mask, expected, 0.0)
 
 
-def _sum_over_copies(growth: ModelGrowth, found: Arrays) -> dict[str, np.ndarray]:
-    summed = {}
+def _pair_sums(growth: ModelGrowth, found: Arrays, gradients: Arrays) -> Iterator[tuple[str, np.ndarray, Any]]:
+    """Σ s·g' over the copies of each entry, which is to be g."""
     for name, spec in growth.specs.items():
         total = np.asarray(found[name])
         for place, axis, entry in _growing(spec, growth):
@@ -114,8 +135,7 @@ def _sum_over_copies(growth: ModelGrowth, found: Arrays) -> dict[str, np.ndarray
                 dual_multipliers(axis, spec, entry)[0][kept], place, spec
             )
             total = np.add.reduceat(scaled, starts, axis=place)
-        summed[name] = total
-    return summed
+        yield name, total, gradients[name]
 
 
 def _growing(spec: ParamSpec, growth: ModelGrowth) -> Iterator[tuple[int, str, Any]]:
@@ -147,6 +167,6 @@ def grown_gradients(config: ModelConfig, parameters: Arrays, batch: Batch) -> tu
 
 
 def _objective(config: ModelConfig, parameters: Arrays, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    logits = bind(config, parameters, jnp.float64)(batch)
+    logits = bind(config, parameters, jnp.float64, _EXECUTION)(batch)
     sums = sum_losses(logits, batch.decoder_target_tokens, batch.decoder_loss_weights)
     return sums.nll / sums.weight, logits

@@ -1,6 +1,7 @@
 """Growth of a checkpoint on disk, with its receipt (of a training state in memory: `growth.state`)."""
 
 import dataclasses
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -10,16 +11,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from growth.acceptance import check_receipt
-from growth.evidence import load_evidence
+from growth.evidence import EvidenceShape, load_evidence
 from growth.execution import execute_growth
 from growth.learned import count_training_flops
 from growth.learned_checkpoint import identify_learning, learn_arrays
 from growth.plan import Choices
 from growth.receipt import LEVELS, RECEIPT, Receipt
+from growth.receipt_costs import estimate_receipt, format_bytes, read_available_bytes
 from growth.state import grow_state
 from growth.t5 import ModelGrowth, plan_growth
 from growth.verify import Request, measure_apart, peak_memory
 from growth.vocabulary import ExtendedVocabulary, extend_vocabulary
+from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_checkpoint
 from t5pegasus.config import ModelConfig
 from t5pegasus.errors import ArtifactError, UsageError, reading
@@ -27,6 +30,8 @@ from t5pegasus.json_files import SCHEMA, read_json, write_json
 from t5pegasus.manifest import MANIFEST
 
 __all__ = ["Costs", "GrownCheckpoint", "costs_path", "grow_checkpoint", "grow_state"]
+
+logger = logging.getLogger(__name__)
 
 
 class Costs(NamedTuple):
@@ -150,6 +155,7 @@ def _grow(
         found = _read_finished(output_path, entry)
         return GrownCheckpoint(output_path, growth, found, already_there=True, costs=_read_costs(output_path))
     batches, evidence = load_evidence(checkpoint_path, info, growth.plan.choices.seed, examples_path)
+    _announce(growth, receipt, batches)
     start, costs = time.monotonic(), Costs()
 
     def check(folder: Path) -> None:
@@ -180,6 +186,21 @@ def _grow(
     if costs.receipt_seconds is not None:  # in the process that measured
         write_json(costs_path(output_path), {"schema": SCHEMA, **costs._asdict()})
     return GrownCheckpoint(output_path, growth, _read_receipt(output_path), already_there=False, costs=costs)
+
+
+def _announce(growth: ModelGrowth, level: str, batches: Sequence[Batch]) -> None:
+    """Say what the receipt will take, and warn if that is not there."""
+    first = batches[0]
+    shape = EvidenceShape(len(batches), *first.encoder_input_tokens.shape, first.decoder_input_tokens.shape[1])
+    costs, available = estimate_receipt(growth, level, shape), read_available_bytes()
+    logger.info("the receipt will take about %s on two cores, behind the surgery", costs)
+    if available is not None and costs.bytes > available and level != LEVELS[-1]:
+        smaller = (f"--receipt {each} about {format_bytes(estimate_receipt(growth, each, shape).bytes)}"
+                   for each in LEVELS[LEVELS.index(level) + 1 :])  # fmt: skip
+        logger.warning(
+            "this machine has %s of memory left; the receipt of %s takes about %s, %s",
+            format_bytes(available), level, format_bytes(costs.bytes), ", ".join(smaller),
+        )  # fmt: skip
 
 
 def _read_finished(output_path: Path, entry: Mapping[str, Any]) -> Receipt:

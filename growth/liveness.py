@@ -41,16 +41,16 @@ def check_liveness(
         batch: to train on.
     """
     before = state.parameters
-    state = jax.tree.map(_widen, state)
+    state = jax.tree.map(_widen, state._replace(ema={}))  # which takes no part
     if not state.multipliers:
         state = start_state(state.parameters, declare_parameters(model), optimizer)
     ever: dict[str, Any] = {}
     for update in range(NUM_UPDATES + 1):
-        gradients, _ = grown_gradients(model, state.parameters, batch)
+        gradients = grown_gradients(model, state.parameters, batch)[0]
         ever = {name: ever.get(name, False) | (np.asarray(each) != 0) for name, each in gradients.items()}
         if update < NUM_UPDATES:
             state = _update(model, optimizer, state, gradients)
-    del gradients
+        del gradients  # before the next ones are computed
     ways = {name: np.asarray(array) - before[name] for name, array in state.parameters.items()}
     return {
         axis: _look_at(axis, growth, ever, ways)

@@ -53,13 +53,20 @@ class LogitDifference:
         return max(LARGEST_FLOOR_RATIO * max(floor, rescaled or 0.0), LARGEST_ERROR * self.largest_logit)
 
     @property
+    def maximum_ratio(self) -> float:
+        """The largest difference over the larger one of its floors."""
+        return _ratio(self.maximum, max(self.floor_maximum, self.rescaled_maximum or 0.0))
+
+    @property
+    def root_mean_square_ratio(self) -> float:
+        """The same of the root mean square."""
+        floor = max(self.floor_root_mean_square, self.rescaled_root_mean_square or 0.0)
+        return _ratio(self.root_mean_square, floor)
+
+    @property
     def ratio(self) -> float:
-        """The larger one of the two differences over the larger one of their floors."""
-        pairs = (
-            (self.maximum, max(self.floor_maximum, self.rescaled_maximum or 0.0)),
-            (self.root_mean_square, max(self.floor_root_mean_square, self.rescaled_root_mean_square or 0.0)),
-        )
-        return max(_ratio(*pair) for pair in pairs)
+        """The larger one of the two."""
+        return max(self.maximum_ratio, self.root_mean_square_ratio)
 
     @property
     def is_rounding(self) -> bool:
@@ -216,9 +223,13 @@ class Receipt:
                 if each.rescaled_maximum is not None:
                     of, floor = f"{name} ", "rounding floor"
                 largest = max(each.floor_maximum, each.rescaled_maximum or 0.0)
-                beside = "bitwise equal," if each.bitwise else f"{each.ratio:.2f} ×"
+                beside = "bitwise equal," if each.bitwise else f"{each.maximum_ratio:.2f} ×"
                 compared = f" ({beside} the {floor} {largest:.1e})" if self.keeps_logits else ""
                 parts.append(f"{of}max |Δlogit| {each.maximum:.1e}{compared}")
+                if self.keeps_logits and each.root_mean_square_ratio > each.maximum_ratio:
+                    largest = max(each.floor_root_mean_square, each.rescaled_root_mean_square or 0.0)
+                    beside = f"{each.root_mean_square_ratio:.2f} × the {floor} {largest:.1e}"
+                    parts.append(f"{of}root mean square {each.root_mean_square:.1e} ({beside})")
         if self.promise == "B" and self.bitwise is False:
             parts.append("not bitwise with this device's kernels")
         if self.nll_difference is not None:

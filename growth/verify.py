@@ -28,10 +28,11 @@ from growth.t5 import ModelGrowth
 from t5pegasus.arrays import load_arrays, open_arrays
 from t5pegasus.batch import Batch
 from t5pegasus.checkpoint import load_checkpoint_info
+from t5pegasus.config import OptimizerConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import count_parameters, declare_parameters
 from t5pegasus.progress import Progress
-from t5pegasus.train.state import arrays_to_state, start_state
+from t5pegasus.train.state import TrainState, arrays_to_state, start_state
 
 _XLA_FLAGS = "--xla_allow_excess_precision=false"  # else fused bfloat16 is wider than it says
 
@@ -128,21 +129,29 @@ def _add_training(receipt: Receipt, request: Request, progress: Progress) -> Rec
     gradients, logits = None, dict(receipt.logits)
     with jax.enable_x64(True):
         if receipt.keeps_logits:
-            source = _load_group(request.checkpoint_path, "parameters")
             gradients, logits["float64"] = check_gradients(
-                growth, growth.target, source, batch, growth.plan.choices.seed
+                growth,
+                growth.target,
+                _load_group(request.checkpoint_path, "parameters"),
+                batch,
+                growth.plan.choices.seed,
             )
         progress.advance()
         optimizer = load_checkpoint_info(request.grown_path).config.optimizer
-        arrays, model = load_arrays(request.grown_path), same_function(growth.source, growth.target)
-        if "step" in arrays:
-            state = arrays_to_state(arrays)
-        else:  # a converted checkpoint, of parameters only: training begins with a fresh state
-            parameters = _load_group(request.grown_path, "parameters")
-            state = start_state(parameters, declare_parameters(growth.target), optimizer)
-        liveness = check_liveness(growth, model, optimizer, state, batch)
+        model = same_function(growth.source, growth.target)
+        liveness = check_liveness(growth, model, optimizer, _load_state(request.grown_path, growth, optimizer), batch)
         progress.advance()
     return dataclasses.replace(receipt, gradients=gradients, logits=logits, liveness=liveness)
+
+
+def _load_state(path: Path, growth: ModelGrowth, optimizer: OptimizerConfig) -> TrainState:
+    """The grown state without its moving average."""
+    groups = open_arrays(path).keys()
+    arrays = load_arrays(path, tuple(name for name in groups if not name.startswith("ema.")))
+    if "step" in arrays:
+        return arrays_to_state(arrays)
+    # A converted checkpoint, of parameters only: training begins with a fresh state.
+    return start_state(_load_group(path, "parameters"), declare_parameters(growth.target), optimizer)
 
 
 def _as_stored(request: Request) -> ModelGrowth:
@@ -172,6 +181,8 @@ def measure_apart(request: Request) -> Measured:
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": flags,
+        # What is freed goes back to the system at once: phases follow one another that hold arrays of other sizes.
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, "-P", "-c", "from growth.verify import serve; serve()"]

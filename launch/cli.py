@@ -155,7 +155,8 @@ def _termination_as_interrupt() -> Iterator[None]:
 
 def _log_to_stderr() -> None:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("t5pegasus").setLevel(logging.INFO)  # e.g. that a run is finished; of others, warnings only
+    for ours in ("t5pegasus", "growth"):
+        logging.getLogger(ours).setLevel(logging.INFO)  # e.g. that a run is finished; of others, warnings only
 
 
 def _report(error: BaseException, speaker: str) -> int:

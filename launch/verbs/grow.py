@@ -76,8 +76,8 @@ class Grow:
     examples_path: StoragePath | None = None
     """Examples to compare the two models on, their `heldout` folder if there is one; default is random tokens."""
     receipt: Literal["full", "logits", "arrays"] = "full"
-    """How much is measured before the checkpoint gets its name: all; no gradients and updates, which takes a
-    fifth of the memory; or arrays only, which takes that of the largest one."""
+    """How much is measured before the checkpoint gets its name: all; no gradients and updates, which takes less
+    memory; or arrays only, which takes that of the largest one (--explain says how much)."""
     seed: int | None = None
     """Of the new random entries; default is the plan's, or 0."""
 
@@ -143,6 +143,7 @@ def _grow_hugging_face(args: Grow, output: Path) -> None:
 
 def _grow(args: Grow, output: Path) -> None:
     start = time.monotonic()
+    from growth.evidence import expect_evidence
     from growth.explain import explain
     from growth.grow import grow_checkpoint
     from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
@@ -161,7 +162,8 @@ def _grow(args: Grow, output: Path) -> None:
             tokens=_read_tokens(args),
             masked=args.masked,
         )
-    print(explain(done.growth, list_groups(checkpoint)))
+    evidence = expect_evidence(info.config.data, with_examples=args.examples_path is not None)
+    print(explain(done.growth, list_groups(checkpoint), evidence))
     took = "made before" if done.already_there else f"{time.monotonic() - start:.1f} s"
     print(f"receipt: {done.receipt}")
     print(f"took: {took}" + (f" ({done.costs})" if done.costs else ""))
@@ -172,6 +174,7 @@ def _grow(args: Grow, output: Path) -> None:
 
 def _explain(args: Grow) -> str:
     """The plan for a checkpoint, a Hugging Face folder or a preset, from its description alone."""
+    from growth.evidence import expect_evidence
     from growth.explain import explain
     from growth.t5 import plan_growth
 
@@ -187,7 +190,8 @@ def _explain(args: Grow) -> str:
 
         target = add_to_vocabulary(target, len(_read_tokens(args)), masked=args.masked)
     growth = plan_growth(config.model, target, choices, step=step, optimizer=config.optimizer)
-    return explain(growth, groups)
+    evidence = expect_evidence(config.data, with_examples=args.examples_path is not None)
+    return explain(growth, groups, evidence)
 
 
 def _read_description(path: Path) -> tuple[RunConfig, int, list[str]]:

@@ -86,9 +86,8 @@ def _verdict(growth: Growth) -> Markup:
     if "float32" not in receipt["logits"]:
         return Markup(f"{grew} Its arrays were verified; neither model was evaluated.")
     found = receipt["logits"]["float32"]
-    ratio = (
-        "" if found["ratio"] is None else f", which is {found['ratio']:.2f} times what reordering the same sums does"
-    )
+    floor = found["floor_maximum"]
+    ratio = f", which is {found['maximum'] / floor:.2f} times what reordering the same sums does" if floor else ""
     return Markup(
         f"{grew} Its logits moved by at most <b>{found['maximum']:.2e}</b>{ratio} in float32, and its loss by "
         f"<b>{show_difference(receipt['nll_difference'])}</b> nats per token."

@@ -116,7 +116,8 @@ def _growth(chain: Sequence[Run]) -> Markup:
     found = receipt["logits"].get("float32")
     if found is None:
         return _tile("Growth", "模型扩展", "arrays verified", "neither model was evaluated")
-    ratio = "" if found["ratio"] is None else f", {found['ratio']:.2f} × the permutation floor"
+    floor = found["floor_maximum"]
+    ratio = f", {found['maximum'] / floor:.2f} × the permutation floor" if floor else ""
     note = f"max |Δlogit|{ratio}; ΔNLL {show_difference(receipt['nll_difference'])}"
     return _tile("Growth", "模型扩展", f"{found['maximum']:.1e}", note)
 

@@ -1,10 +1,17 @@
 """`--explain`: the whole plan as a table, from the checkpoint's description alone."""
 
+import dataclasses
 import shutil
 
 import pytest
 
+from growth.evidence import expect_evidence
+from growth.receipt import LEVELS
+from growth.receipt_costs import estimate_receipt
+from growth.t5 import plan_growth
 from launch import cli
+from t5pegasus.model.t5 import count_parameters
+from t5pegasus.presets import preset
 
 HEAD = ("axis", "from → to", "operator", "promise", "set in motion by", "state")
 
@@ -45,3 +52,21 @@ def test_it_reads_no_array_and_writes_nothing(checkpoint_path, tmp_path, capsys)
             file.unlink()
     assert explain(capsys, folder, "--to", "d_model=17") == wanted
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_the_estimate_of_a_receipt_counts_parameters_and_the_rows_that_are_compared():
+    small, base = preset("small"), preset("base")
+    growth = plan_growth(small.model, dataclasses.replace(small.model, d_ff=2048))
+    larger = plan_growth(small.model, dataclasses.replace(small.model, d_ff=4096))
+    random = expect_evidence(base.data, with_examples=False)
+    heldout = expect_evidence(base.data, with_examples=True)
+    costs = {level: estimate_receipt(growth, level, random) for level in LEVELS}
+    assert costs["full"].bytes > costs["logits"].bytes > costs["arrays"].bytes
+    assert costs["full"].seconds > costs["logits"].seconds > costs["arrays"].seconds
+    for level in ("full", "logits"):
+        longer = estimate_receipt(growth, level, heldout)
+        assert longer.bytes > costs[level].bytes
+        assert longer.seconds > costs[level].seconds
+        added = count_parameters(larger.target) - count_parameters(growth.target)
+        assert estimate_receipt(larger, level, random).bytes - costs[level].bytes >= 4 * added
+    assert estimate_receipt(growth, "arrays", heldout) == costs["arrays"]

@@ -245,6 +245,17 @@ def test_a_class_b_growth_that_only_rounds_says_so_and_passes(whole_receipt):
     assert "not bitwise with this device's kernels" in str(receipt)
 
 
+def test_every_printed_ratio_is_that_of_the_numbers_beside_it(whole_receipt):
+    mean_is_worse = LogitDifference(4e-6, 6e-7, 5e-6, 4e-7, 3.0)
+    text = str(dataclasses.replace(whole_receipt, logits={"float32": mean_is_worse}))
+    assert "max |Δlogit| 4.0e-06 (0.80 × the permutation floor 5.0e-06)" in text
+    assert "root mean square 6.0e-07 (1.50 × the permutation floor 4.0e-07)" in text
+    maximum_is_worse = LogitDifference(6e-6, 2e-7, 5e-6, 4e-7, 3.0)
+    text = str(dataclasses.replace(whole_receipt, logits={"float32": maximum_is_worse}))
+    assert "max |Δlogit| 6.0e-06 (1.20 × the permutation floor 5.0e-06)" in text
+    assert "root mean square" not in text
+
+
 def test_open_tokens_take_the_probability_that_is_stated(checkpoint_path, tmp_path):
     receipt = Grown(checkpoint_path, tmp_path / "grown", {"vocab_size": 150}).measure("logits")
     check_receipt(receipt)
