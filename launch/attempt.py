@@ -103,6 +103,15 @@ class Attempt:
         assert number is not None
         self._watch(attempts_path(self.run_path) / str(number), number, process, num_processes)
 
+    def compare(self, name: str, facts: dict[str, Any]) -> None:
+        """Compare between all processes what was not known yet when the attempt began; each name once.
+
+        Raises:
+            UsageError: naming the first process that differs.
+        """
+        if not self._alone:
+            agree(name, facts, self.limits.join_seconds)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

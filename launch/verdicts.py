@@ -109,7 +109,7 @@ def _is_over(record: Record, limits: WatchConfig) -> bool:
 
 
 _ORDER = (
-    "join", "start", "restore", "compile", "device", "evaluate", "sample", "save", "event", "data", "step",
+    "join", "start", "build", "restore", "compile", "device", "evaluate", "sample", "save", "event", "data", "step",
 )  # fmt: skip
 """Of activities at the same number of updates sent: how far a process has come."""
 
@@ -140,6 +140,7 @@ def _flag(activity: str) -> str:
 _WORDS = {
     "join": "joining the other processes",
     "start": "starting",
+    "build": "making examples of the pairs",
     "restore": "restoring a checkpoint",
     "compile": "compiling",
     "data": "waiting for a batch",

@@ -49,6 +49,8 @@ class WatchConfig:
                 return self.start_seconds
             case "sample":
                 return self.evaluate_seconds
+            case "build":  # as long as there are pairs; who dies meanwhile is noticed all the same
+                return 0
             case "join":
                 return self.join_seconds
             case _:

@@ -99,6 +99,8 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     from t5pegasus.train.run_folder import check_run_path
 
     check_run_path(args.run_path)
+    given = ("checkpoint", "train_path", "examples_path", "heldout_path", "epochs", "dropout_rate", "data")
+    attempt.begin({name: str(getattr(args, name)) for name in given})
     data = DataConfig(**dataclasses.asdict(args.data))
     source = local_checkpoint(args.checkpoint, arrays=False)
     model = load_checkpoint_info(source).config.model
@@ -108,8 +110,9 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     def build(pairs_path: Path, name: str) -> Path:
         return _build_pairs(pairs_path, source / "tokenizer", args.run_path / name, data)
 
-    examples_path = args.examples_path or build(cast(Path, args.train_path), "examples")
-    heldout_path = args.heldout_path and build(args.heldout_path, "heldout_examples")
+    with attempt.control.doing("build"):
+        examples_path = args.examples_path or build(cast(Path, args.train_path), "examples")
+        heldout_path = args.heldout_path and build(args.heldout_path, "heldout_examples")
     with PackedRows(examples_path, data, model.pad_token_id, model.decoder_start_token_id) as rows:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
     train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
@@ -117,7 +120,8 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
     begun_from = args.checkpoint if is_remote(args.checkpoint) else source
     paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
-    attempt.begin(attempt_facts(config, paths) | {"held-out pairs": scorer.fingerprint if scorer else "none"})
+    pairs_facts = {"held-out pairs": scorer.fingerprint if scorer else "none"}
+    attempt.compare("config and examples", attempt_facts(config, paths) | pairs_facts)
     sampler = make_sampler(config, examples_path, heldout_path)
     checkpoint = train_run(config, paths, keep_state=False, scorer=scorer, sampler=sampler, control=attempt.control)
     pairs = ["--pairs-path", str(args.heldout_path or args.train_path or "PAIRS.jsonl")]

@@ -68,9 +68,9 @@ class Control:
         """Say what the run does inside: each activity has a time limit of its own (`launch.watchdog`).
 
         Args:
-            name: `start` (what nothing else names), `restore`, `compile`, `data` (wait for the next batch), `step`
-                (send an update to the device), `device` (wait for its numbers), `evaluate`, `sample`, `save`, `event`
-                (change the model).
+            name: `start` (what nothing else names), `build` (examples of pairs, to fine-tune on), `restore`,
+                `compile`, `data` (wait for the next batch), `step` (send an update to the device), `device` (wait for
+                its numbers), `evaluate`, `sample`, `save`, `event` (change the model).
             step: updates sent to the device, if that has changed.
         """
         before = self.activity

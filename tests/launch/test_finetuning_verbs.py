@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from launch.attempts import read_attempt
 from launch.recipes.few_shot import choose_pairs, summarise_cells
 from launch.verbs import few_shot, finetune
 from t5pegasus.checkpoint import (
@@ -22,7 +23,7 @@ from t5pegasus.checkpoint import (
     save_checkpoint,
 )
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
-from t5pegasus.errors import ArtifactError, UsageError
+from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.evaluate import DEFINITIONS
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import init_parameters
@@ -146,6 +147,16 @@ def test_pairs_that_cannot_be_used_are_counted_and_so_are_those_cut_off(checkpoi
         finetune.main([*command, "--data.max-source-tokens", "32", "--data.max-target-tokens", "5"])
     said = capsys.readouterr().err
     assert f"{path}: 5 of 6 pairs, 1 left out: not valid JSON; cut off where longer: 4 texts at 32 tokens" in said
+
+
+def test_what_goes_wrong_with_the_pairs_is_in_the_record_of_the_attempt(checkpoint, tmp_path):
+    """The watchdog of the other processes reads it there, and so does who asks why the job ended."""
+    path = tmp_path / "none.jsonl"
+    path.write_text("no JSON\n")
+    with pytest.raises(DataError) as raised:
+        finetune.main([str(checkpoint), "--train-path", str(path), "--run-path", str(tmp_path / "run")])
+    ended = read_attempt(tmp_path / "run", 1)[0]["ended"]
+    assert (ended["code"], ended["how"], ended["message"]) == (44, "failed", str(raised.value))
 
 
 @pytest.mark.parametrize(
