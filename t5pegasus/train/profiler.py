@@ -23,32 +23,34 @@ class Profiler:
             config: `profile_steps`.
             folder: where the traces go, a local one.
         """
-        self._range = config.profile_range()
+        announced = config.profile_range()
+        self._wanted = [announced] if announced else []
         self._folder = folder
-        self._last: int | None = None
+        self._runs = False
 
     def ask(self, step: int) -> None:
-        """Trace the updates behind `step`, unless a trace is under way."""
-        if self._last is None:
-            self._range = step + 1, step + NUM_ASKED
+        """Trace the updates behind `step`, beside those announced; a trace that is under way goes on for them."""
+        self._wanted.append((step + 1, step + NUM_ASKED))
 
     def begins(self, step: int) -> bool:
         """Whether a trace begins in front of this update: what runs before it is to be finished first."""
-        return self._last is None and self._range is not None and self._range[0] <= step <= self._range[1]
+        return not self._runs and self._is_wanted(step)
 
     def ends(self, step: int) -> bool:
         """Whether a trace ends behind this update: it is to be finished first."""
-        return self._last is not None and step >= self._last
+        return self._runs and not self._is_wanted(step + 1)
 
     def start(self, step: int) -> None:
         """Begin to trace."""
-        assert self._range is not None, "begins says so"
-        self._last, self._range = self._range[1], None
         jax.profiler.start_trace(self._folder)
-        logger.info("tracing updates %d to %d into %s", step, self._last, self._folder)
+        self._runs = True
+        logger.info("tracing from update %d on into %s", step, self._folder)
 
     def stop(self) -> None:
         """End the trace that is under way, if there is one."""
-        if self._last is not None:
-            self._last = None
+        if self._runs:
+            self._runs = False
             jax.profiler.stop_trace()
+
+    def _is_wanted(self, step: int) -> bool:
+        return any(first <= step <= last for first, last in self._wanted)
