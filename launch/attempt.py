@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import platform
 import signal
@@ -71,6 +72,7 @@ class Attempt:
             UsageError: if the environment describes them incompletely.
         """
         self.run_path, self.limits = run_path, limits
+        self.control.part_seconds = limits.save_seconds / 2 or math.inf
         group = find_process_group(os.environ)
         if group is not None:
             self._watch(attempts_path(run_path) / "joining", None, group.process_id, group.num_processes)

@@ -21,7 +21,7 @@ class WatchConfig:
     evaluate_seconds: int = 3600
     """One evaluation."""
     save_seconds: int = 1800
-    """One checkpoint."""
+    """One checkpoint; another process's part of it is waited for half as long."""
     event_seconds: int = 3600
     """Changing the model on the way."""
     heartbeat_seconds: int = 60

@@ -27,7 +27,7 @@ from t5pegasus.manifest import MANIFEST, Files
 from t5pegasus.storage import is_remote, remove_tree, write_bytes
 
 TIME_LIMIT = 900.0
-"""Seconds that a process is waited for: far more than its share of the writing takes."""
+"""Seconds that a process is waited for where nobody says: far more than its share of the writing takes."""
 
 
 def draw_token() -> str:
@@ -159,7 +159,8 @@ class Meeting:
         while not is_so():
             if time.monotonic() > deadline:
                 way_out = (
-                    "see what it says itself, and that all processes see this folder: on a shared disk or in a bucket"
+                    "see what it says itself, and that all processes see this folder, on a shared disk or in a bucket; "
+                    "if that is slow, give it longer: half of --watch.save-seconds"
                 )
                 raise OSError(errno.ETIMEDOUT, f"{otherwise} within {self._limit:.0f} s; {way_out}", str(self.path))
             time.sleep(self._pause)

@@ -47,6 +47,8 @@ class Control:
         """Updates made when the loop began to ask for data: from here on there is something new to save."""
         self.failing: BaseException | None = None
         """What ended the last activity, until another one begins: a run that is on its way out."""
+        self.part_seconds = 900.0
+        """How long a save waits for another process's part of the checkpoint."""
         self.stragglers: tuple[int, ...] = ()
         """Processes whose own part of a step takes much longer than that of the others; process 0 learns of them."""
 

@@ -196,7 +196,7 @@ def _train(
         profiler = Profiler(train, folder.path / "profile")
         stack.callback(profiler.stop)
         writer = stack.enter_context(
-            CheckpointWriter(paths.run_path, require_ours=folder.push, common_errors=_COMMON_ERRORS)
+            CheckpointWriter(paths.run_path, control.part_seconds, folder.push, common_errors=_COMMON_ERRORS)
         )
         stack.enter_context(_unhurried(control))
         run = Run(

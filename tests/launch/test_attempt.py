@@ -57,6 +57,13 @@ def test_a_command_that_is_refused_takes_nothing_of_the_run(run_path):
     assert list_files(run_path) == before | {other: 16}
 
 
+@pytest.mark.parametrize(("save_seconds", "part_seconds"), [(1800, 900), (7200, 3600), (0, float("inf"))])
+def test_slow_storage_is_given_longer_by_one_limit(save_seconds, part_seconds, tmp_path):
+    with Attempt(["pretrain"]) as attempt:
+        attempt.join(tmp_path, WatchConfig(save_seconds=save_seconds))
+        assert attempt.control.part_seconds == part_seconds
+
+
 def test_a_folder_that_cannot_be_read_does_not_keep_a_request_to_stop_from_being_heard(tmp_path):
     (tmp_path / "checkpoints").symlink_to("checkpoints")
     attempt = Attempt(["pretrain"])
