@@ -17,17 +17,17 @@ def local_checkpoint(path: Path, *, arrays: bool = True) -> Path:
 
     Args:
         path: a checkpoint or a run.
-        arrays: whether they are needed; out of a store the description and the tokenizer alone come at once.
+        arrays: whether they are needed; else description and tokenizer alone are read and verified.
 
     Raises:
         ArtifactError: if there is none, or it is damaged.
         OSError: if the store fails, or the disk has no room for a copy.
     """
-    from t5pegasus.checkpoint import find_checkpoint
+    from t5pegasus.checkpoint import find_checkpoint, verify_checkpoint, verify_structure
 
     if not is_remote(path):
-        return find_checkpoint(path)
-    return _fetch_checkpoint(path, None if arrays else lambda name: not name.startswith("arrays/"))
+        return find_checkpoint(path, verify_checkpoint if arrays else verify_structure)
+    return _fetch_checkpoint(path, None if arrays else _is_no_array)
 
 
 def local_source(path: Path) -> Path:
@@ -44,20 +44,21 @@ def _fetch_checkpoint(path: Path, wanted: Callable[[str], bool] | None) -> Path:
 
     if (path / "checkpoint.json").is_file():
         return fetch(path, wanted)
-    last = None
     for candidate in list_checkpoints(path):
         with _passing_over_damage():
-            last = fetch(candidate, wanted)
-            break
-    if last is None:
-        raise ArtifactError(
-            f"{path} is neither a checkpoint (a folder with checkpoint.json and manifest.json) nor a run with a whole "
-            "one under checkpoints/; check the address, or train first with: t5pegasus pretrain"
-        )
-    for step in reversed(best_steps(load_checkpoint_info(last).history)):
-        with _passing_over_damage():
-            return fetch(path / "checkpoints" / str(step), wanted)
-    return last
+            described = fetch(candidate, _is_no_array)
+            for step in reversed(best_steps(load_checkpoint_info(described).history)):
+                with _passing_over_damage():
+                    return fetch(path / "checkpoints" / str(step), wanted)
+            return fetch(candidate, wanted)
+    raise ArtifactError(
+        f"{path} is neither a checkpoint (a folder with checkpoint.json and manifest.json) nor a run with a whole "
+        "one under checkpoints/; check the address, or train first with: t5pegasus pretrain"
+    )
+
+
+def _is_no_array(name: str) -> bool:
+    return not name.startswith("arrays/")
 
 
 @contextlib.contextmanager

@@ -55,11 +55,12 @@ def load_arrays(
     *,
     verify: bool = True,
 ) -> dict[str, Any]:
-    """The arrays whose names begin with one of the prefixes; other ones are not read.
+    """The arrays whose names are, or lie below, one of the prefixes; other ones are not read.
 
     Args:
         path: a checkpoint folder; one without a manifest, which is not finished, cannot be verified.
-        prefixes: e.g. ("parameters.",) for inference.
+        prefixes: whole parts of dotted names, e.g. ("parameters.",) for inference; the last dot may be left out. An
+            empty one means all.
         shardings: by name, where each array shall lie, on any mesh of any processes, others not being read; None gives
             NumPy arrays.
         verify: compare every file that is read with the manifest.
@@ -72,7 +73,8 @@ def load_arrays(
     stored = list_arrays(path)
     if shardings is not None and (absent := sorted(shardings.keys() - stored)):
         raise ArtifactError(f"checkpoint {path} has no array {absent[0]} ({len(absent)} missing)")
-    names = sorted(name for name in stored if name.startswith(prefixes) and (shardings is None or name in shardings))
+    below = tuple(prefix and f"{prefix.removesuffix('.')}." for prefix in prefixes)
+    names = sorted(n for n in stored if f"{n}.".startswith(below) and (shardings is None or n in shardings))
     loaded = {}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         reader = _Reader(path, files, pool)

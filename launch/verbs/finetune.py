@@ -16,7 +16,7 @@ from launch.verbs.pretrain import attempt_facts, report_result
 from launch.watch_config import WatchConfig
 from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
-from t5pegasus.storage import fetch, is_remote
+from t5pegasus.storage import fetch
 
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=50, beta2=0.999)
 
@@ -117,8 +117,7 @@ def _finetune(argv: list[str], attempt: Attempt) -> None:
         steps = math.ceil(args.epochs * rows.num_rows / args.train.batch_size)
     train = TrainConfig(**{**dataclasses.asdict(args.train), "steps": steps})
     config = RunConfig(model, data, args.optimizer, args.mesh, train)
-    begun_from = args.checkpoint if is_remote(args.checkpoint) else source
-    paths = RunPaths(args.run_path, examples_path, heldout_path, begun_from)
+    paths = RunPaths(args.run_path, examples_path, heldout_path, args.checkpoint)
     scorer = make_scorer(config, source / "tokenizer", args.heldout_path and fetch(args.heldout_path))
     pairs_facts = {"held-out pairs": scorer.fingerprint if scorer else "none"}
     attempt.compare("config and examples", attempt_facts(config, paths) | pairs_facts)

@@ -195,12 +195,12 @@ def _explain(args: Grow) -> str:
 
 
 def _read_description(path: Path) -> tuple[RunConfig, int, list[str]]:
-    from t5pegasus.checkpoint import find_best, load_checkpoint_info
+    from t5pegasus.checkpoint import find_best, load_checkpoint_info, verify_structure
     from t5pegasus.convert.sources import is_foreign, open_source
 
     if is_foreign(path):
         return RunConfig(model=open_source(path)[0].model), 0, ["parameters"]
-    checkpoint = path if (path / "checkpoint.json").is_file() else find_best(path)
+    checkpoint = path if (path / "checkpoint.json").is_file() else find_best(path, verify_structure)
     if checkpoint is None:
         raise UsageError(f"{path} is neither a checkpoint nor a run with one; check the path, or give a preset")
     info = load_checkpoint_info(checkpoint)

@@ -214,7 +214,7 @@ def _flags(config: RunConfig, paths: dict[str, Path]) -> Pretrain:
 def _choose_config(
     name: str | None, run_path: Path | None, start_from: Path | None
 ) -> tuple[RunConfig, dict[str, Path]]:
-    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info
+    from t5pegasus.checkpoint import find_checkpoint, load_checkpoint_info, verify_structure
     from t5pegasus.train.run_folder import load_run_record
 
     record = load_run_record(run_path) if run_path is not None else None
@@ -222,7 +222,7 @@ def _choose_config(
         config, paths = record
         return config, {field: open_path(value) for field, value in paths.items() if value is not None}
     if start_from is not None:
-        source = load_checkpoint_info(find_checkpoint(start_from)).config
+        source = load_checkpoint_info(find_checkpoint(start_from, verify_structure)).config
         if name is None:
             return source, {}
         wanted = preset(name)

@@ -32,12 +32,14 @@ def load_parameters(
     Args:
         path: a checkpoint folder, verified by the caller.
         names: only these.
-        shardings: by name, as in `load_arrays`.
+        shardings: by name, where they shall lie; then every process calls this, as `load_together`.
     """
     group = "ema." if has_ema(path) else "parameters."
-    prefixes = (group,) if names is None else tuple(group + name for name in names)
-    placed = None if shardings is None else {group + name: sharding for name, sharding in shardings.items()}
-    arrays = load_arrays(path, prefixes, placed)
+    if shardings is None:
+        arrays = load_arrays(path, (group,) if names is None else tuple(group + name for name in names))
+    else:
+        wanted = shardings if names is None else {name: shardings[name] for name in names}
+        arrays = load_together(path, {group + name: sharding for name, sharding in wanted.items()})
     loaded = {name.removeprefix(group): array for name, array in arrays.items()}
     return loaded if names is None else {name: loaded[name] for name in names}
 

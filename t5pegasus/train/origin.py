@@ -92,7 +92,7 @@ def find_origin(
 
     `manifest` is that of the examples, `weights` are those of the mixture by their fingerprints, `recorded_events` are
     those in the run's config.json, `damaged` are checkpoints that could not be loaded; for the rest see `train_run`. Of
-    the run's own checkpoint the arrays are not read here: the state's `load` verifies them, and so may raise a
+    the checkpoint the arrays are not read here: the state's `load` verifies what it reads of them, and so may raise a
     DamagedError, in every process alike.
 
     Raises:
@@ -106,7 +106,7 @@ def find_origin(
         config = config_after(config, events, lineage)
         return _restore(own, config, mesh, manifest, weights, reset_rows=False)._replace(resumed=True)
     if start_from is not None:
-        path = find_checkpoint(start_from)
+        path = find_checkpoint(start_from, verify_structure, damaged)
         if keep_state and has_optimizer_state(path):
             origin = _restore(path, config, mesh, manifest, weights, reset_rows=reset_rows)
             # What that run was in the middle of is not for this one to end.

@@ -112,7 +112,8 @@ def train_run(
             except RollbackNeededError as error:
                 rollbacks.append(error.record)
             except DamagedError as error:  # what was found when its arrays were read
-                if error.path.parent != paths.run_path / "checkpoints" or error.path in damaged:
+                runs = {run / "checkpoints" for run in (paths.run_path, paths.start_from) if run is not None}
+                if error.path.parent not in runs or error.path in damaged:
                     raise
                 logger.warning("%s; going back to the one before", error)
                 damaged.add(error.path)

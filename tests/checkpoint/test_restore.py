@@ -54,6 +54,20 @@ def test_a_state_goes_from_mesh_to_mesh_bit_for_bit(chain, tmp_path):
         assert {name: array.sharding for name, array in state.items()} == shardings
 
 
+def test_prefixes_are_whole_parts_of_names(tmp_path):
+    names = ("ema.mlp.wi", "ema.mlp.wi_0", "ema.mlp.wi.deeper", "ema_of_ema.mlp.wi")
+    arrays = {name: np.full((2, 3), index, np.float32) for index, name in enumerate(names)}
+    save_checkpoint(tmp_path / "1", arrays, info_of(1), write_tokenizer(tmp_path))
+
+    def load(*prefixes):
+        return sorted(load_arrays(tmp_path / "1", prefixes))
+
+    assert load("ema.mlp.wi") == ["ema.mlp.wi", "ema.mlp.wi.deeper"]
+    assert load("ema") == load("ema.") == sorted(names[:3])
+    assert load("") == sorted(names)
+    assert load("ema.mlp.w") == []
+
+
 def test_a_restored_state_can_be_donated(tmp_path):
     path = save_step(tmp_path, 1)
     state = load_together(path, make_shardings((1, 2, 2)))

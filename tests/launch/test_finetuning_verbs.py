@@ -11,9 +11,11 @@ import jax
 import numpy as np
 import pytest
 
+import t5pegasus.manifest
 from launch.attempts import read_attempt
 from launch.recipes.few_shot import choose_pairs, summarise_cells
-from launch.verbs import few_shot, finetune
+from launch.staging import local_checkpoint
+from launch.verbs import few_shot, finetune, pretrain
 from t5pegasus.checkpoint import (
     CheckpointInfo,
     find_checkpoint,
@@ -22,6 +24,7 @@ from t5pegasus.checkpoint import (
     load_checkpoint_info,
     save_checkpoint,
 )
+from t5pegasus.checkpoint.folder import is_chunk
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
 from t5pegasus.errors import ArtifactError, DataError, UsageError
 from t5pegasus.evaluate import DEFINITIONS
@@ -95,6 +98,17 @@ def test_it_keeps_the_best_by_a_score_of_summaries_of_sources_longer_than_in_pre
     assert f"checkpoint: {best}" in printed
     finetune.main(command)
     assert capsys.readouterr().out == printed
+
+
+def test_to_know_a_checkpoints_config_no_array_is_read(checkpoint, monkeypatch):
+    read, describe = [], t5pegasus.manifest._describe_file
+    monkeypatch.setattr(t5pegasus.manifest, "_describe_file", lambda path: read.append(path) or describe(path))
+    config, _ = pretrain._choose_config(None, None, checkpoint)
+    assert config == load_checkpoint_info(checkpoint).config
+    assert local_checkpoint(checkpoint, arrays=False) == checkpoint
+    names = {str(path.relative_to(checkpoint)) for path in read}
+    assert "checkpoint.json" in names
+    assert not any(is_chunk(name) for name in names)
 
 
 @pytest.mark.slow

@@ -1,17 +1,21 @@
 """Verbs with addresses where they have paths: the same artifacts as on the disk."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.staging import local_checkpoint
 from launch.verbs import build, pseudo_summary, tokenizer
+from t5pegasus.checkpoint import load_checkpoint_info, save_checkpoint, verify_checkpoint
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.json_files import read_json
 from t5pegasus.sample import HELDOUT_PATH, TRAIN_PATH
-from t5pegasus.storage import copy_file, list_files, open_path, write_bytes
+from t5pegasus.storage import copy_file, list_files, open_path, remove_tree, write_bytes
+from tests.checkpoint.conftest import draw_arrays, info_of, write_tokenizer
 
 
 def _make_tokenizer(documents: Any, output: Any) -> None:
@@ -64,6 +68,32 @@ def test_a_build_whose_upload_was_cut_off_goes_on(remote: Any, faults: Any, own_
     _build(documents, remote / "tokenizer", remote / "examples")
     assert read_json(remote / "examples" / "manifest.json")["documents"]["kept"] == 15
     assert [path for path in (own_cache / "staged").rglob("*") if path.is_file()] == []
+
+
+def test_of_a_run_only_the_checkpoint_that_is_meant_is_fetched_whole(remote: Any, tmp_path: Path, faults: Any):
+    history = tuple({"step": step, "loss": 1.0, "best": step == 4} for step in (2, 4, 6))
+    tokenizer_path = write_tokenizer(tmp_path)
+    for index, step in enumerate((2, 4, 6), 1):
+        info = dataclasses.replace(info_of(step), history=history[:index])
+        save_checkpoint(remote / "checkpoints" / str(step), draw_arrays(step), info, tokenizer_path)
+    faults.calls.clear()
+
+    def chunks_read(step: int) -> int:
+        return sum(f"checkpoints/{step}/arrays/" in name for call, name in faults.calls if call == "cat_file")
+
+    described = local_checkpoint(remote, arrays=False)
+    assert load_checkpoint_info(described).step == 4
+    assert (chunks_read(4), chunks_read(6)) == (0, 0)
+    meant = local_checkpoint(remote)
+    assert (meant, verify_checkpoint(meant)["schema"]) == (described, 1)
+    assert chunks_read(4) > 0
+    assert (chunks_read(6), chunks_read(2)) == (0, 0)
+    remove_tree(remote / "checkpoints" / "4")
+    assert load_checkpoint_info(local_checkpoint(remote)).step == 6
+    chunk = next(name for name in list_files(remote / "checkpoints" / "2") if "table/c/" in name)
+    write_bytes(remote / "checkpoints" / "2" / chunk, b"damaged")
+    with pytest.raises(ArtifactError, match="its manifest says"):
+        local_checkpoint(remote / "checkpoints" / "2")
 
 
 def test_outputs_do_not_go_over_what_is_there(remote: Any):

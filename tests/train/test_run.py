@@ -2,12 +2,24 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, load_checkpoint_info, verify_checkpoint
+import t5pegasus.arrays
+import t5pegasus.manifest
+from t5pegasus.checkpoint import (
+    DamagedError,
+    find_checkpoint,
+    find_last_good,
+    load_arrays,
+    load_checkpoint_info,
+    verify_checkpoint,
+    verify_structure,
+)
+from t5pegasus.checkpoint.folder import is_chunk
 from t5pegasus.config import MeshConfig
 from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.json_files import read_json
@@ -187,6 +199,39 @@ def test_start_from_another_size_is_refused(whole, tmp_path, examples_path, run_
     larger = dataclasses.replace(run_config, model=dataclasses.replace(run_config.model, d_model=128))
     with pytest.raises(UsageError, match=r"model.d_model=64, got 128.*t5pegasus grow"):
         train_run(larger, RunPaths(tmp_path / "run", examples_path, start_from=whole))
+
+
+def test_of_what_it_begins_from_it_reads_each_chunk_once(whole, tmp_path, examples_path, run_config, monkeypatch):
+    verified, filled = [], []
+    describe, fill = t5pegasus.manifest._describe_file, t5pegasus.arrays._fill
+    monkeypatch.setattr(t5pegasus.manifest, "_describe_file", lambda path: verified.append(path) or describe(path))
+    monkeypatch.setattr(t5pegasus.arrays, "_fill", lambda path, *rest: filled.append(path) or fill(path, *rest))
+    train_run(with_train(run_config, steps=9), RunPaths(tmp_path / "run", examples_path, start_from=whole))
+    source = find_checkpoint(whole, verify_structure)
+    files = [path for path in (source / "arrays").rglob("*") if path.is_file()]
+    chunks = {path for path in files if is_chunk(str(path.relative_to(source)))}
+    assert sorted(path for path in filled if path.is_relative_to(source)) == sorted(chunks)
+    assert not chunks & set(verified)
+
+
+def test_a_damaged_start_is_found_when_it_is_read_and_the_one_before_taken(
+    whole, tmp_path, examples_path, run_config, caplog
+):
+    source = tmp_path / "source"
+    shutil.copytree(whole, source)
+    last = find_checkpoint(source)
+    chunk = next(path for path in (last / "arrays" / "parameters.lm_head" / "c").rglob("*") if path.is_file())
+    content = bytearray(chunk.read_bytes())
+    content[5] ^= 1
+    chunk.write_bytes(content)
+    config = with_train(run_config, steps=1)
+    with pytest.raises(DamagedError, match=r"lm_head/c/.* is damaged"):
+        train_run(config, RunPaths(tmp_path / "exact", examples_path, start_from=last), keep_state=False)
+    paths = RunPaths(tmp_path / "run", examples_path, start_from=source)
+    info = load_checkpoint_info(train_run(config, paths, keep_state=False))
+    assert "going back to the one before" in caplog.text
+    assert info.history[0]["loss"] == load_checkpoint_info(source / "checkpoints" / "4").history[-1]["loss"]
+    assert [record["step"] for record in records(paths.run_path, "train")] == [1]
 
 
 def test_fine_tuning_takes_the_parameters_only(whole, tmp_path, examples_path, run_config):
