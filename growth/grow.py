@@ -191,7 +191,8 @@ def _grow(
 def _announce(growth: ModelGrowth, level: str, batches: Sequence[Batch]) -> None:
     """Say what the receipt will take, and warn if that is not there."""
     first = batches[0]
-    shape = EvidenceShape(len(batches), *first.encoder_input_tokens.shape, first.decoder_input_tokens.shape[1])
+    (rows, source), target = first.encoder_input_tokens.shape, first.decoder_input_tokens.shape[1]
+    shape = EvidenceShape(len(batches), rows, source, target)
     costs, available = estimate_receipt(growth, level, shape), read_available_bytes()
     logger.info("the receipt will take about %s on two cores, behind the surgery", costs)
     if available is not None and costs.bytes > available and level != LEVELS[-1]:

@@ -43,7 +43,7 @@ def estimate_receipt(growth: ModelGrowth, level: str, evidence: EvidenceShape) -
         evidence: what the models are compared on.
     """
     sizes = _count_entries(growth)
-    held = [7 * 4 * max(sizes["largest"], 1)]  # both growths of an array, its source in float64, errors
+    held: list[float] = [7 * 4 * max(sizes["largest"], 1)]  # both growths of an array, its source in float64, errors
     seconds = _COMPILE_SECONDS[level] + 4 * (sizes["parameters"] + sizes["moments"]) / _ARRAY_BYTES_PER_SECOND
     if level != "arrays":
         held.append(_logit_bytes(growth, evidence))

@@ -17,7 +17,7 @@ from t5pegasus.errors import ArtifactError
 from t5pegasus.evaluate.bootstrap import Bootstrap
 from t5pegasus.evaluate.results import Pair, Scores, compare_systems, save_evaluation
 from t5pegasus.json_files import SCHEMA, write_json
-from t5pegasus.report import write_report
+from t5pegasus.report import curves, write_report
 from t5pegasus.report.chart import Line, draw_lines, nice_ticks
 from t5pegasus.report.runs import group_runs, load_runs
 
@@ -325,12 +325,48 @@ def test_absent_parts_are_named(tmp_path: Path):
     assert "svg" not in read_page(tmp_path / "report.html").tags
 
 
-def test_line_cut_off_by_a_kill_is_counted(tmp_path: Path):
+def test_line_cut_off_by_a_kill_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = write_run(tmp_path / "killed", SMALL, range(50))
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "train", "st')
     write_report([run], tmp_path / "report.html")
     assert "left out: 1" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "metrics.jsonl: 1 unreadable lines are left out" in caplog.text
+
+
+def test_a_mixture_has_a_line_for_each_source_and_a_seam_where_its_weights_change(tmp_path: Path):
+    run = write_run(tmp_path / "mixed", SMALL, range(50))
+    config = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+
+    def start(step: int, *mixture: str) -> dict:
+        return {"kind": "start", "step": step, "config": {**config, "data": {**config["data"], "mixture": mixture}}}
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = [
+        record | {"loss_by_source": {"news": record["loss"] - 1, "wiki": record["loss"] + 1}} for record in records[1:]
+    ]
+    before, after = start(0, "a/news=0.7", "a/wiki=0.3"), start(20, "a/news=0.5", "a/wiki=0.3")
+    write_lines(
+        run / "metrics.jsonl", [records[0] | before, *trained[:2], records[0] | after, records[0] | after, *trained[2:]]
+    )
+    write_report([run], tmp_path / "report.html")
+    words = read_page(tmp_path / "report.html").words
+    assert "Loss by source, nats per target token" in words
+    assert {"news", "wiki"} <= set(words)
+    assert words.count("news 0.7 → 0.5") == 2  # of the loss, and of the loss by source
+    assert not any(word.startswith("wiki 0.3 →") for word in words)
+
+
+def test_held_out_lines_have_colours_that_no_run_has(flow: Path, tmp_path: Path):
+    write_report([flow], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    legend = dict(re.findall(r'<li class="c(\d)( dotted)?">', page))
+    assert {int(color) for color, dotted in legend.items() if dotted} & {
+        int(color) for color, dotted in legend.items() if not dotted
+    } == set()
+    assert any(legend.values())
+    colors = re.findall(r"--c(\d): (#\w+)", (Path(curves.__file__).with_name("style.css")).read_text(encoding="utf-8"))
+    assert len({color for _, color in colors}) == len(colors) == 20
 
 
 def test_folder_that_is_no_run_is_refused(tmp_path: Path):

@@ -1,13 +1,16 @@
 """Curves over training steps: one panel per axis of steps, runs in colours, growths as seams."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
+from t5pegasus.config import DataConfig
 from t5pegasus.report.chart import Line, Seam, draw_lines
 from t5pegasus.report.markup import Markup, absent, escape, join, section, show, show_short
 from t5pegasus.report.overview import describe_growth, describe_sizes
-from t5pegasus.report.runs import Run, group_runs
+from t5pegasus.report.runs import Json, Run, group_runs
 
 NUM_COLORS = 5
+"""Of runs; held-out lines have as many of their own behind these."""
 
 
 def show_curves(runs: Sequence[Run]) -> Markup:
@@ -41,6 +44,7 @@ def _panel(group: Sequence[Run], runs: Sequence[Run]) -> Markup:
         for run in group
         for record in run.own_growths
     ]
+    seams += [seam for run in group for seam in _weight_changes(run)]
     short = [Seam(seam.step, seam.label) for seam in seams]
 
     def color(run: Run) -> int:
@@ -51,7 +55,12 @@ def _panel(group: Sequence[Run], runs: Sequence[Run]) -> Markup:
 
     def with_heldout(field: str, scale: float = 1.0) -> list[Line]:
         heldout = [
-            Line(f"{run.name} held out", _scaled(run.curve("heldout", field), scale), color(run), dotted=True)
+            Line(
+                f"{run.name} held out",
+                _scaled(run.curve("heldout", field), scale),
+                NUM_COLORS + color(run),
+                dotted=True,
+            )
             for run in trained
         ]
         return [*lines(field, smooth=True, scale=scale), *heldout]
@@ -61,6 +70,7 @@ def _panel(group: Sequence[Run], runs: Sequence[Run]) -> Markup:
 
     figures = [
         draw_lines("Loss, nats per target token", with_heldout("loss"), seams, wide=True),
+        draw_lines("Loss by source, nats per target token", _by_source(trained), seams, wide=True),
         draw_lines("Accuracy of the next token, %", with_heldout("accuracy", 100), short, from_zero=True),
         draw_lines("Learning rate", lines("learning_rate"), short, from_zero=True),
         draw_lines("Gradient norm before clipping", lines("grad_norm", smooth=True), short, from_zero=True),
@@ -69,6 +79,49 @@ def _panel(group: Sequence[Run], runs: Sequence[Run]) -> Markup:
         speed("Time spent waiting for data, %", "data_wait_fraction", 100),
     ]
     return Markup(f'<div class="panel">{title}{join(missing)}<div class="figures">{join(figures)}</div></div>')
+
+
+def _by_source(runs: Sequence[Run]) -> list[Line]:
+    """The training loss on each folder of a mixture."""
+    named = [(run, name) for run in runs for name in _sources(run)]
+    several = len({run.path for run, _ in named}) > 1
+    return [
+        Line(
+            f"{run.name}: {name}" if several else name,
+            [
+                (record["step"], record["loss_by_source"][name])
+                for record in run.of_kind("train")
+                if record.get("loss_by_source", {}).get(name) is not None
+            ],
+            index % NUM_COLORS,
+            smooth=True,
+            dashed=index >= NUM_COLORS,
+        )
+        for index, (run, name) in enumerate(named)
+    ]
+
+
+def _sources(run: Run) -> list[str]:
+    return list({name: None for record in run.of_kind("train") for name in record.get("loss_by_source", {})})
+
+
+def _weight_changes(run: Run) -> list[Seam]:
+    """Where the run went on with other weights of its mixture than before."""
+    starts = [(record["step"], _weights(record)) for record in run.of_kind("start") if "config" in record]
+    return [
+        Seam(step, "weights", [f"{name} {show(old.get(name, 0.0))} → {show(new.get(name, 0.0))}" for name in changed])
+        for (_, old), (step, new) in itertools.pairwise(starts)
+        if (changed := [name for name in {**old, **new} if old.get(name, 0.0) != new.get(name, 0.0)])
+    ]
+
+
+def _weights(start: Json) -> dict[str, float]:
+    """By the last part of each folder's path, or, where two have the same, by the whole of it."""
+    weights = DataConfig(mixture=tuple(start["config"]["data"]["mixture"])).mixture_weights()
+    names = [folder.rpartition("/")[2] for folder in weights]
+    return {
+        name if names.count(name) == 1 else folder: weight for (folder, weight), name in zip(weights.items(), names)
+    }
 
 
 def _scaled(points: list[tuple[float, float]], scale: float) -> list[tuple[float, float]]:

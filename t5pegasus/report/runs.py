@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from t5pegasus.errors import ArtifactError, reading
 from t5pegasus.json_files import check_schema, read_json
 from t5pegasus.storage import is_remote_text, open_path
 from t5pegasus.train.goodput import read_attempts
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -172,6 +175,11 @@ def _load_new(path: Path, runs: dict[Path, Run]) -> Run:
     parent_path = _run_of(source)
     parent = _load(parent_path, runs) if parent_path else None
     records, num_unreadable = read_json_lines(path / "metrics.jsonl")
+    if num_unreadable:
+        logger.warning(
+            "%s: %d unreadable lines are left out; a run that is killed cuts off its last one", path / "metrics.jsonl",
+            num_unreadable,
+        )  # fmt: skip
     examples_path = _locate(record.get("examples_path"), path)
     heldout_path = _locate(record.get("heldout_path"), path) or (examples_path and examples_path / "heldout")
     runs[path] = Run(
