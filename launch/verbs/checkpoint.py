@@ -1,7 +1,9 @@
 """`t5pegasus checkpoint verify|list|diff`: look into checkpoints without changing them."""
 
 import dataclasses
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -158,7 +160,7 @@ def _diff(args: Diff) -> int:
 
 def _print_comparison(comparison: "Comparison") -> None:
     for name, (first, second) in comparison.fields.items():
-        print(f"{name}: {_shorten(first)} → {_shorten(second)}")
+        print("\n".join(_describe_change(name, first, second)))
     if comparison.arrays:
         rows = [("array", "type", "largest difference", "different entries")]
         _print_table([*rows, *(_describe_difference(each) for each in comparison.arrays)])
@@ -172,6 +174,24 @@ def _describe_difference(each: "ArrayDifference") -> tuple[str, str, str, str]:
     if each.max_abs_difference is None:
         return each.name, f"{each.first} → {each.second}", "", "all"
     return each.name, each.first, f"{each.max_abs_difference:.3g}", f"{each.num_different:,} of {each.num_entries:,}"
+
+
+def _describe_change(name: str, first: Any, second: Any) -> Iterator[str]:
+    """What differs between two values, in objects field by field, in lists up to the first entry that differs."""
+    if isinstance(first, dict) and isinstance(second, dict):
+        for key in sorted(first.keys() | second.keys()):
+            if first.get(key) != second.get(key):
+                yield from _describe_change(f"{name}.{key}", first.get(key), second.get(key))
+    elif isinstance(first, list | tuple) and isinstance(second, list | tuple) and max(len(first), len(second)) > 1:
+        same = sum(itertools.takewhile(bool, (a == b for a, b in zip(first, second))))
+        yield f"{name}: {len(first)} → {len(second)} entries, of which the first {same} are equal"
+        if same < min(len(first), len(second)):
+            yield from _describe_change(f"{name}[{same}]", first[same], second[same])
+        else:
+            longer = "first" if len(first) > len(second) else "second"
+            yield f"{name}[-1], only in the {longer}: {_shorten(max(first, second, key=len)[-1])}"
+    else:
+        yield f"{name}: {_shorten(first)} → {_shorten(second)}"
 
 
 def _shorten(value: Any) -> str:

@@ -155,6 +155,22 @@ def test_what_differs_is_counted(run_path, capsys):
     assert not found["equal"]
 
 
+def test_of_histories_only_what_differs_is_shown(tmp_path, capsys):
+    history = tuple({"step": step, "loss": 3.0, "accuracy": 0.25, "best": False} for step in range(1, 31))
+    changed = (*history[:10], history[10] | {"loss": 2.5}, *history[11:])
+    for name, entries in (("short", history[:28]), ("long", history), ("other", changed)):
+        info = dataclasses.replace(info_of(4), history=entries)
+        save_checkpoint(tmp_path / name, draw_arrays(4), info, write_tokenizer(tmp_path))
+    assert run(capsys, "diff", tmp_path / "short", tmp_path / "long")[1].splitlines()[:-1] == [
+        "history: 28 → 30 entries, of which the first 28 are equal",
+        'history[-1], only in the second: {"step": 30, "loss": 3.0, "accuracy": 0.25, "best": false}',
+    ]
+    assert run(capsys, "diff", tmp_path / "long", tmp_path / "other")[1].splitlines()[:-1] == [
+        "history: 30 → 30 entries, of which the first 10 are equal",
+        "history[10].loss: 3.0 → 2.5",
+    ]
+
+
 def test_a_checkpoint_differs_in_nothing_from_itself(run_path, capsys):
     path = run_path / "checkpoints" / "4"
     assert json.loads(run(capsys, "diff", path, path, "--json")[1])["equal"]
