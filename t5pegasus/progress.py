@@ -58,7 +58,8 @@ class Progress:
         self._skipped = 0
         self._shown = shown
         self._width = 0
-        self._said: tuple[int, str] | None = None
+        self._said: int | None = None
+        self._is_long = False
 
     def __enter__(self) -> Self:
         return self
@@ -66,7 +67,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._width and (self._terminal or self._said != (self.done, self.detail)):
+        if self._is_long and (self._terminal or self._said != self.done):
             self._write(self._describe(time.monotonic()), final=True)
 
     def skip(self, count: int) -> None:
@@ -79,8 +80,10 @@ class Progress:
         self.done += count
         now = time.monotonic()
         if self._shown and now - self._last >= self._interval:
-            self._last = now
-            self._write(self._describe(now), final=False)
+            self._last, self._is_long = now, True
+            # What is done at the end is said once, on leaving, when the detail that goes with it is known.
+            if self._terminal or self.done != self.total:
+                self._write(self._describe(now), final=False)
 
     @property
     def seconds(self) -> float:
@@ -105,5 +108,5 @@ class Progress:
         else:
             self._stream.write(text + "\n")
         self._width = len(text)
-        self._said = (self.done, self.detail)
+        self._said = self.done
         self._stream.flush()

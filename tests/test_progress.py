@@ -53,3 +53,17 @@ def test_the_last_line_is_not_said_twice_off_a_terminal():
         progress._interval = 0.0
         progress.advance(2)
     assert len(stream.getvalue().splitlines()) == 1
+
+
+def test_the_end_is_said_once_with_what_is_known_on_leaving(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    stream = io.StringIO()
+    with Progress("train", total=2, unit="steps", stream=stream) as progress:
+        for now in (11.0, 22.0):
+            progress.advance()
+            progress.detail = f"loss {33 - now:g}"
+    assert stream.getvalue().splitlines() == [
+        "train: 1/2 steps (50 %), 0.1/s, 11 s left",
+        "train: 2/2 steps (100 %), 0.1/s, 22 s, loss 11",
+    ]
