@@ -32,7 +32,7 @@ class Logbook:
 
     def __init__(self, config: RunConfig, metrics: MetricsWriter, control: Control, goodput: Goodput, course: Course):
         self.train, self.metrics, self.control, self.goodput = config.train, metrics, control, goodput
-        self.meter = Meter(config, control, course)
+        self.meter = Meter(config, control, course, metrics.peak[0])
         self._progress = Progress("train", total=self.train.steps, unit="steps", shown=jax.process_index() == 0)
 
     @contextlib.contextmanager

@@ -13,7 +13,7 @@ from t5pegasus.train.course import Course
 from t5pegasus.train.data_sources import name_sources
 from t5pegasus.train.divergence import WATCHED, Why
 from t5pegasus.train.goodput import split_time
-from t5pegasus.train.metrics import count_flops, peak_flops
+from t5pegasus.train.metrics import count_flops
 from t5pegasus.train.norms import name_norms
 
 Numbers = dict[str, Any]
@@ -26,14 +26,21 @@ _LIMITS = tuple(f"{name}_limit" for name in WATCHED)
 class Meter:
     """Sums over one logging interval, which may have begun in an earlier attempt."""
 
-    def __init__(self, config: RunConfig, control: Control, course: Course):
-        """A meter that goes on with the interval of a course; time is what `control` has counted."""
+    def __init__(self, config: RunConfig, control: Control, course: Course, peak: float):
+        """A meter that goes on with the interval of a course.
+
+        Args:
+            config: of the run.
+            control: time is what it has counted.
+            course: the interval so far.
+            peak: FLOP/s of one device, to which MFU is a ratio.
+        """
         self.config, self._control = config, control
         self.batch_size = config.train.batch_size
         self.flops_per_step = count_flops(config, self.batch_size)
         self.flops = course.flops
         """Spent on training this model and those it came from, up to the last update added."""
-        self.peak = peak_flops(jax.local_devices()[0])[0] * jax.device_count()
+        self.peak = peak * jax.device_count()
         self.rows = 0
         self._reset()
         self.updates = course.interval.get("updates", 0)

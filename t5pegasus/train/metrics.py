@@ -4,6 +4,9 @@ import contextlib
 import functools
 import json
 import logging
+import os
+import platform
+import re
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -46,6 +49,19 @@ def peak_flops(device: Any) -> tuple[float, str]:
     return peak, f"measured: float32 product of {size}×{size} matrices"
 
 
+def describe_hardware(device: Any) -> str:
+    """What a measured peak holds for: the kind of device; of a CPU model, cores, and how many devices they make."""
+    if find_chip(device.device_kind) is not None:
+        return device.device_kind
+    information = Path("/proc/cpuinfo")
+    text = information.read_text(encoding="utf-8") if information.exists() else ""
+    model = re.search(r"^model name\s*:\s*(.*)$", text, re.MULTILINE)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{model[1] if model else platform.processor() or device.device_kind}, {cores} cores, " + (
+        f"{jax.local_device_count()} devices"
+    )
+
+
 def count_flops(config: RunConfig, num_rows: int) -> int:
     """FLOPs of training on so many rows of this config; a whole number, so that sums do not depend on their order."""
     data = config.data
@@ -69,6 +85,7 @@ class MetricsWriter:
         self.writes = jax.process_index() == 0
         self.dropped: list[dict[str, Any]] = []
         """Records that will be made again."""
+        self._starts: list[dict[str, Any]] = []
         if not self.writes:
             return
         found = read_metrics(self.path) if self.path.exists() else []
@@ -79,10 +96,22 @@ class MetricsWriter:
         kept = kept[: next((index for index, again in enumerate(made_again) if again), None)]
         stays = set(map(id, kept))
         self.dropped = [line for line in found if id(line) not in stays]
+        self._starts = [line for line in kept if line.get("kind") == "start"]
         write_bytes(self.path, "".join(map(_line, kept)).encode())
         self.file = self.path.open("a", encoding="utf-8")
         self.tensorboard = EventFile(run_path / "tensorboard", purge_step=from_step + 1)
         self.wandb = wandb
+
+    @functools.cached_property
+    def peak(self) -> tuple[float, str]:
+        """`peak_flops` of this machine's devices, as the run's first attempt on such hardware found it.
+
+        A measured peak differs from attempt to attempt, and with it MFU would, whose attempts are one curve.
+        """
+        device = jax.local_devices()[0]
+        hardware = describe_hardware(device)
+        known = next((start for start in self._starts if start.get("hardware") == hardware), None)
+        return (known["peak_flops_per_device"], known["peak_source"]) if known else peak_flops(device)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Write one record {kind, step, …}; its float values also go to TensorBoard as kind/name."""

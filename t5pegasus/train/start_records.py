@@ -14,7 +14,7 @@ from t5pegasus.model.t5 import count_parameters
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.course import Course
 from t5pegasus.train.estimate import MemoryEstimate
-from t5pegasus.train.metrics import MetricsWriter, peak_flops
+from t5pegasus.train.metrics import MetricsWriter, describe_hardware
 from t5pegasus.train.origin import Origin
 from t5pegasus.train.phases import plan_hashes
 from t5pegasus.train.run_folder import RunPaths
@@ -66,10 +66,10 @@ def write_start(
     metrics: MetricsWriter, paths: RunPaths, config: RunConfig, step: int, mesh: Mesh, memory: MemoryEstimate
 ) -> None:
     """What the run is made of, and on what it goes on."""
-    peak, peak_source = peak_flops(jax.local_devices()[0])
+    (peak, peak_source), hardware = metrics.peak, describe_hardware(jax.local_devices()[0])
     metrics.write(
         "start", step, config=config.to_json(), num_parameters=count_parameters(config.model), mesh=dict(mesh.shape),
         num_devices=jax.device_count(), device=jax.devices()[0].device_kind, peak_flops_per_device=peak,
-        peak_source=peak_source, compute_dtype=str(resolve_compute_dtype(config)), **dataclasses.asdict(memory),
-        **paths.to_json(),
+        peak_source=peak_source, hardware=hardware, compute_dtype=str(resolve_compute_dtype(config)),
+        **dataclasses.asdict(memory), **paths.to_json(),
     )  # fmt: skip

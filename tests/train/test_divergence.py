@@ -143,7 +143,7 @@ def test_a_spike_stands_out_of_the_window_and_a_new_level_is_learnt(config):
 
 
 def test_reported_limits_are_those_of_the_last_update_and_not_a_mean_of_some(config):
-    meter = Meter(config, Control(), Course())
+    meter = Meter(config, Control(), Course(), 1e9)
     counts = dict.fromkeys(("source_tokens", "target_tokens", "examples", "bad_examples"), 1.0)
     for limit in (float("inf"), 5.0, 4.0):
         meter.add(

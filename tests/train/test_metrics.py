@@ -57,6 +57,18 @@ def test_what_is_dropped_on_opening_is_known_in_its_order(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 1]
 
 
+def test_a_measured_peak_is_that_of_the_first_attempt_on_the_same_hardware(tmp_path, monkeypatch):
+    measured = iter((100.0, 200.0, 300.0))
+    monkeypatch.setattr("t5pegasus.train.metrics.peak_flops", lambda _: (next(measured), "measured"))
+    for hardware, wanted in (("one", 100.0), ("one", 100.0), ("other", 200.0), ("one", 100.0), ("other", 200.0)):
+        monkeypatch.setattr("t5pegasus.train.metrics.describe_hardware", lambda _, hardware=hardware: hardware)
+        with MetricsWriter(tmp_path, 0) as metrics:
+            assert metrics.peak == (wanted, "measured")
+            metrics.write("start", 0, hardware=hardware, peak_flops_per_device=wanted, peak_source="measured")
+    with MetricsWriter(tmp_path, -1) as anew:
+        assert anew.peak[0] == 300.0
+
+
 def test_a_full_disk_is_noticed_where_the_record_is_written(tmp_path, monkeypatch):
     metrics = MetricsWriter(tmp_path, -1)
     metrics.write("train", 1, loss=2.0)
