@@ -18,6 +18,7 @@ from t5pegasus.config import DataConfig, MeshConfig, OptimizerConfig, RunConfig,
 from t5pegasus.errors import UsageError
 from t5pegasus.storage import fetch
 
+_NO_FLAGS = {"train.steps": "it follows from the number of pairs; give --epochs"}
 DEFAULT_OPTIMIZER = OptimizerConfig(learning_rate=5e-4, schedule="constant", warmup_steps=50, beta2=0.999)
 
 
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
 
 
 def _finetune(argv: list[str], attempt: Attempt) -> None:
-    args = parse_command_line(Finetune, prog="t5pegasus finetune", args=argv)
+    args = parse_command_line(Finetune, prog="t5pegasus finetune", absent=_NO_FLAGS, args=argv)
     if (args.train_path is None) == (args.examples_path is None):
         raise UsageError("give the pairs either as --train-path FILE or as --examples-path FOLDER")
     if not 0 < args.epochs < math.inf:

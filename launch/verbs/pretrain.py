@@ -36,6 +36,19 @@ class ModelFlags(ModelConfig):
     num_masked_tokens: tyro.conf.SuppressFixed[tyro.conf.Fixed[int]] = ModelConfig.num_masked_tokens
 
 
+_OF_TOKENIZER = (
+    "it is the tokenizer's, which the examples were built with; train one of another size by t5pegasus tokenizer train "
+    "--vocab-size, build the examples with it, and leave this out"
+)
+NO_FLAGS = {
+    **dict.fromkeys(
+        ("model.vocab_size", "model.pad_token_id", "model.decoder_start_token_id", "model.eos_token_id"), _OF_TOKENIZER
+    ),
+    "model.num_masked_tokens": "tokens are added, and masked, by t5pegasus grow --add-tokens FILE --masked",
+}
+"""Fields of the config that are none, and why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainFlags(TrainConfig):
     """How long to train, in what portions, and what to keep."""
@@ -91,7 +104,7 @@ def main(argv: list[str]) -> None:
 
 
 def _pretrain(argv: list[str], attempt: Attempt) -> None:
-    args = parse_command_line(Pretrain, prog="t5pegasus pretrain PRESET", **_defaults(argv))
+    args = parse_command_line(Pretrain, prog="t5pegasus pretrain PRESET", absent=NO_FLAGS, **_defaults(argv))
     if args.reset_rows and args.start_from is None:
         raise UsageError("--reset-rows goes with --start-from CHECKPOINT: a fresh run begins at row 0 anyway")
     attempt.join(args.run_path, args.watch)

@@ -131,9 +131,12 @@ class TrainConfig(Record):
         require(self.spike_window >= 2, f"train.spike_window={self.spike_window} must be at least 2")
         self.profile_range()
         require(0 <= self.seed < 2**32, f"train.seed={self.seed} must lie in [0, 2^32)")
+        lower = self.batch_size - self.batch_size % self.accumulation_steps
+        nearest = [str(size) for size in (lower, lower + self.accumulation_steps) if size]
         require(
-            self.batch_size % self.accumulation_steps == 0,
-            f"train.batch_size={self.batch_size} is not a multiple of accumulation_steps={self.accumulation_steps}",
+            self.batch_size == lower,
+            f"train.batch_size={self.batch_size} is not a multiple of accumulation_steps={self.accumulation_steps}; "
+            f"nearest: {' or '.join(nearest)}",
         )
 
     def profile_range(self) -> tuple[int, int] | None:
@@ -148,6 +151,7 @@ class TrainConfig(Record):
         first, last = (int(found[1]), int(found[2])) if found else (0, -1)
         require(
             1 <= first <= last,
-            f"train.profile_steps={self.profile_steps!r} must be FIRST:LAST, counted from 1, e.g. 100:105",
+            f"train.profile_steps={self.profile_steps!r} must be FIRST:LAST, two updates counted from 1, of which the "
+            "last is not before the first, e.g. 100:105",
         )
         return first, last

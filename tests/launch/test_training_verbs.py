@@ -13,18 +13,25 @@ from tests.data.example_folders import random_examples, write_examples
 
 
 @pytest.mark.parametrize(
-    ("main", "argv", "flag"),
+    ("main", "argv", "flag", "source"),
     [
-        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.vocab-size"),
-        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.eos-token-id"),
-        (finetune.main, ["x", "--train-path", "x", "--run-path", "y"], "--train.steps"),
+        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.vocab-size", "the tokenizer's"),
+        (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y"], "--model.eos_token_id", "the tokenizer's"),
+        (finetune.main, ["x", "--train-path", "x", "--run-path", "y"], "--train.steps", "--epochs"),
     ],
 )
-def test_what_follows_from_something_else_has_no_flag(main, argv, flag, capsys):
-    with pytest.raises(SystemExit) as ended:
-        main([*argv, flag, "5"])
-    assert ended.value.code == 2
-    assert f"Unrecognized options: {flag}" in capsys.readouterr().err
+def test_what_follows_from_something_else_has_no_flag_and_is_named_with_its_source(main, argv, flag, source):
+    for given in ([flag, "5"], [f"{flag}=5"]):
+        with pytest.raises(UsageError, match=f"{flag} is no flag: .*{source}"):
+            main([*argv, *given])
+
+
+def test_help_names_defaults_that_are_empty(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "(default: )" not in shown
+    assert "(default: none)" in shown
 
 
 def test_help_shows_the_defaults_of_the_preset(capsys):
@@ -42,6 +49,16 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
     ("main", "argv", "message"),
     [
         (pretrain.main, ["tinny", "--examples-path", "x", "--run-path", "y"], "perhaps you meant 'tiny'"),
+        (
+            pretrain.main,
+            ["tiny", "--run-path", "y", "--train.batch-size", "7", "--train.accumulation-steps", "2"],
+            "batch_size=7 is not a multiple of accumulation_steps=2; nearest: 6 or 8",
+        ),
+        (
+            pretrain.main,
+            ["tiny", "--run-path", "y", "--train.profile-steps", "7:5"],
+            "must be FIRST:LAST, two updates .* the last is not before the first",
+        ),
         (pretrain.main, ["--examples-path", "x", "--run-path", "y"], "no preset given; begin with one of tiny, small"),
         (pretrain.main, ["tiny", "--examples-path", "x", "--run-path", "y", "--reset-rows"], "goes with --start-from"),
         (finetune.main, ["x", "--run-path", "y"], "either as --train-path FILE or as --examples-path FOLDER"),

@@ -85,6 +85,8 @@ def test_the_same_documents_give_the_same_bytes_also_in_another_process(train, v
 def test_wordpiece_sizes_that_cannot_be_reached_name_the_bound_that_can():
     with pytest.raises(UsageError, match=r"vocab_size=500 is too small: .* alone are \d+ entries") as small:
         train_wordpiece(DOCUMENTS, 500)
+    with pytest.raises(DataError, match="no text"):  # which no size would mend
+        train_wordpiece([], 500)
     smallest = int(str(small.value).split()[-3])
     assert train_wordpiece(DOCUMENTS, smallest).vocab_size == smallest
     with pytest.raises(UsageError, match="vocab_size=90000 cannot be filled") as large:

@@ -4,6 +4,7 @@ Documents should be cleaned first (`text.clean`). Titles are read too: summaries
 """
 
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -63,6 +64,10 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int) -> Wordpiece
             states the size that can be reached.
         DataError: if there is no text at all.
     """
+    documents = iter(documents)
+    first = next(documents, None)  # files that cannot be read are named before a size is
+    if first is None:
+        raise DataError("the documents have no text to train a tokenizer on")
     common = list_common_characters()
     smallest = len(SPECIALS) + len(common) + len(_CONTINUATIONS)
     if vocab_size < smallest:
@@ -70,7 +75,7 @@ def train_wordpiece(documents: Iterable[Document], vocab_size: int) -> Wordpiece
             f"vocab_size={vocab_size} is too small: specials, common characters and single ## pieces alone are "
             f"{smallest} entries; set vocab_size to {smallest} or more"
         )
-    words, characters = _count_words(documents)
+    words, characters = _count_words(itertools.chain([first], documents))
     if not characters:
         raise DataError("the documents have no text to train a tokenizer on")
     entries = vocab_size - len(SPECIALS)
