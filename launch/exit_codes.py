@@ -6,6 +6,7 @@
 | 1 | a bug, with its traceback | once |
 | 2 | usage, or processes that differ in version or config | no |
 | 42 | asked to stop: what was done is saved | yes, free of charge |
+| 43 | a plan does not fit into its hardware | no |
 | 44, 45 | bad data, diverged | no |
 | 46 | disk or I/O | once |
 | 130 | interrupted at a terminal | no |
@@ -20,6 +21,7 @@ DONE = 0
 BUG = 1
 USAGE = UsageError.exit_code
 PREEMPTED = PreemptedError.exit_code
+DOES_NOT_FIT = 43
 DISK = 46
 INTERRUPTED = 128 + signal.SIGINT
 ABORTED = 128 + signal.SIGABRT

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from launch.command_line import parse_command_line
+from launch.exit_codes import DOES_NOT_FIT, DONE
 from t5pegasus.config import DataConfig, MeshConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from t5pegasus.errors import UsageError
 from t5pegasus.presets import PRESETS, preset
@@ -20,7 +22,8 @@ class Plan:
 
     For TPUs the real train step is compiled ahead of time, which needs libtpu (pip install '.[tpu]') but no TPU; for
     cpu it is compiled for this machine; for GPUs memory and time are estimated. Times are predictions by a roofline
-    (docs/plan.md). All flags of pretrain's config apply; defaults are those of the preset.
+    (docs/plan.md). All flags of pretrain's config apply; defaults are those of the preset. Exit code 43 says that it
+    does not fit into the memory there is.
     """
 
     topology: str
@@ -40,8 +43,8 @@ class Plan:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
-def main(argv: list[str]) -> None:
-    """Parse, plan, print."""
+def main(argv: list[str]) -> int:
+    """Parse, plan, print; the exit code says whether it fits."""
     name, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else (None, argv)
     shows_help = any(flag in argv for flag in ("-h", "--help"))
     if name is None and not shows_help:
@@ -51,7 +54,9 @@ def main(argv: list[str]) -> None:
     config = preset(name or "base")
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     default = Plan(topology=tyro.MISSING, **fields)
-    args = tyro.cli(Plan, prog="t5pegasus plan PRESET", args=["--help"] if shows_help else rest, default=default)
+    args = parse_command_line(
+        Plan, prog="t5pegasus plan PRESET", args=["--help"] if shows_help else rest, default=default
+    )
     if args.compile_at_most < 1:
         raise UsageError(f"--compile-at-most={args.compile_at_most} must be at least 1")
     os.environ["JAX_PLATFORMS"] = "cpu"  # a plan takes no accelerator, not even where there is one
@@ -70,7 +75,7 @@ def main(argv: list[str]) -> None:
             print(json.dumps({"best": best, "tried": tried}, ensure_ascii=False))
         else:
             print(format_search(searched, str(name)))
-        return
+        return DONE if searched.best else DOES_NOT_FIT
     plan = plan_step(config, topology)
     fix = None if plan.memory.fits else find_fitting(plan, args.compile_at_most)
     if args.json:
@@ -78,3 +83,4 @@ def main(argv: list[str]) -> None:
         print(json.dumps({**plan_to_json(plan), "fitting": fitting}, ensure_ascii=False))
     else:
         print(format_plan(plan, str(name), fix))
+    return DONE if plan.memory.fits else DOES_NOT_FIT

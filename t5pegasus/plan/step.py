@@ -82,7 +82,7 @@ def plan_step(config: RunConfig, topology: Topology) -> PlannedStep:
     if not program.fits:
         return plan
     module = parse_hlo(program.text)
-    collectives = tuple(find_collectives(module, dict(mesh.shape), topology.num_slices))
+    collectives = tuple(find_collectives(module, dict(mesh.shape), config.mesh.slices))
     costs = list(find_costs(module))
     num_state = len(jax.tree.leaves(_state_leaves(config)))
     return dataclasses.replace(

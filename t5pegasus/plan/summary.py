@@ -8,6 +8,7 @@ from t5pegasus.plan.search import Searched, describe_changes
 from t5pegasus.plan.step import PlannedStep
 
 GIB = 2**30
+_UNITS = ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def format_plan(plan: PlannedStep, name: str, fix: Searched | None = None) -> str:
@@ -89,7 +90,7 @@ def plan_to_json(plan: PlannedStep) -> dict[str, Any]:
 
 
 def _mesh(plan: PlannedStep) -> str:
-    slices = f" ({plan.topology.num_slices} slices)" if plan.topology.num_slices > 1 else ""
+    slices = f" ({plan.config.mesh.slices} slices)" if plan.config.mesh.slices > 1 else ""
     return f"data={plan.mesh['data']}{slices} fsdp={plan.mesh['fsdp']} tensor={plan.mesh['tensor']}"
 
 
@@ -108,9 +109,15 @@ def _memory_lines(plan: PlannedStep) -> list[str]:
         verdict = f" of {memory.limit / GIB:.2f} GiB, {share:.0f} %: " + ("fits" if memory.fits else "DOES NOT FIT")
     return [
         "memory per device",
-        *(f"  {part:<34}{size / GIB:9.3f} GiB" for part, size in parts.items() if size),
-        f"  {'total':<34}{memory.total / GIB:9.3f} GiB{verdict}",
+        *(f"  {part:<34}{_size(size)}" for part, size in parts.items() if size),
+        f"  {'total':<34}{_size(memory.total)}{verdict}",
     ]
+
+
+def _size(num_bytes: float) -> str:
+    """In the unit that shows something of it, right-aligned."""
+    divisor, unit = next(((size, name) for size, name in _UNITS if num_bytes >= size), _UNITS[-1])
+    return f"{num_bytes / divisor:9.3f} {unit}"
 
 
 def _fix_lines(plan: PlannedStep, fix: Searched) -> list[str]:
@@ -139,6 +146,8 @@ def _work_lines(plan: PlannedStep) -> list[str]:
 
 
 def _collective_lines(plan: PlannedStep) -> list[str]:
+    if plan.memory.is_estimate:
+        return ["collectives: not listed, since they are read from a compiled program and nothing is compiled for GPUs"]
     if not plan.collectives:
         return []
     groups = _grouped(plan)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from launch.cli import main
+from launch.exit_codes import DOES_NOT_FIT
 from t5pegasus.chips import CHIPS, find_chip
 from t5pegasus.config import MeshConfig, OptimizerConfig, RunConfig
 from t5pegasus.errors import UsageError
@@ -21,7 +22,7 @@ from t5pegasus.plan.memory import state_memory
 from t5pegasus.plan.roofline import Rates, positions_along, predict
 from t5pegasus.plan.search import describe_changes, find_fitting, search
 from t5pegasus.plan.step import described_mesh, estimate_step, resolve_config
-from t5pegasus.plan.summary import format_plan, format_search, plan_to_json
+from t5pegasus.plan.summary import _size, format_plan, format_search, plan_to_json
 from t5pegasus.plan.topology import list_devices, parse_topology
 from t5pegasus.presets import preset
 from t5pegasus.sharding import make_mesh
@@ -268,6 +269,20 @@ def test_the_verb_plans_for_gpus_and_for_this_machine(capsys, monkeypatch, tmp_p
     written = kept.stat().st_mtime_ns
     assert main(command) == 0
     assert kept.stat().st_mtime_ns == written
+
+
+def test_what_does_not_fit_has_an_exit_code_of_its_own(capsys):
+    assert main(["plan", "base", "--topology", "h100:8", "--mesh.fsdp", "8"]) == 0
+    assert "collectives: not listed" in capsys.readouterr().out
+    assert main(["plan", "xl", "--topology", "h100:1", "--train.batch-size", "8"]) == DOES_NOT_FIT == 43
+    assert "DOES NOT FIT" in capsys.readouterr().out
+    assert main(["plan", "xl", "--topology", "h100:1", "--train.batch-size", "4096", "--search"]) == DOES_NOT_FIT
+    assert "none of these fits" in capsys.readouterr().out
+
+
+def test_sizes_are_in_a_unit_that_shows_something():
+    sizes = {2**30 * 3 // 2: "1.500 GiB", 2**20 * 5: "5.000 MiB", 2**10 // 2: "0.500 KiB"}
+    assert {size: _size(size).strip() for size in sizes} == sizes
 
 
 def test_the_verb_searches_on_this_machine_even_if_nothing_can_be_kept(capsys, monkeypatch, tmp_path, caplog):
