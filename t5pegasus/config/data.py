@@ -21,7 +21,8 @@ class DataConfig(Record):
     """Several folders of examples with their weights, FOLDER=0.7 OTHER=0.3: the shares of the rows that come from each.
     Weights may change when a run continues, and folders may be added; 0 leaves one out from then on."""
     max_bad_examples: int = 100
-    """Examples that cannot be read are left out of their rows and named; with more of them the run ends."""
+    """Examples that cannot be read are left out of their rows and named; with more of them, since it began, the run
+    ends."""
 
     def __post_init__(self) -> None:
         for name in ("max_source_tokens", "max_target_tokens"):

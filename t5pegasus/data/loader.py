@@ -121,6 +121,10 @@ class PackedRows:
             self._quarantine.admit(bad)
         return found
 
+    def recall(self, bad_examples: Sequence[int]) -> None:
+        """Count examples that the run met before it was stopped, and that cannot be used."""
+        self._quarantine.recall(self.shards.fingerprint, bad_examples)
+
     def _members(self, table_rows: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """How many examples each row holds, and which, one row behind the other; both int64."""
         starts = self.table.row_starts
@@ -134,7 +138,8 @@ class PackedRows:
     def _name(self, faults: Mapping[int, str], indices: np.ndarray) -> list[BadExample]:
         path, shard_of = self.shards.path, self.shards.shard_of
         named = [(int(indices[at]), reason) for at, reason in sorted(faults.items())]
-        return [BadExample(str(path / shard_of(index).file), index, reason) for index, reason in named]
+        fingerprint = self.shards.fingerprint
+        return [BadExample(str(path / shard_of(index).file), index, reason, fingerprint) for index, reason in named]
 
     def _batch(
         self, table_rows: Sequence[int] | np.ndarray, epochs: Sequence[int], row_ids: Sequence[int] | np.ndarray

@@ -83,6 +83,11 @@ class MixedRows:
             for bad in self.sources[self._position[fingerprint]].find_bad_examples(numbers)
         ]
 
+    def recall(self, bad_examples: Mapping[str, Sequence[int]]) -> None:
+        """Count examples, by fingerprint, that the run met before it was stopped, and that cannot be used."""
+        for rows in self.sources:
+            rows.recall(bad_examples.get(rows.shards.fingerprint, ()))
+
     def ordered_batch(self, table_rows: Sequence[int] | np.ndarray) -> Batch:
         """The batch of these rows of all tables behind each other; from `num_rows` on they are empty, with weight 0."""
         wanted = np.asarray(table_rows, np.int64)

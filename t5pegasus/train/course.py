@@ -1,8 +1,10 @@
 """What a run knows beside its state, carried from update to update and held by every checkpoint."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from t5pegasus.checkpoint import CheckpointInfo
+from t5pegasus.data.quarantine import BadExample
 from t5pegasus.train.early_stopping import History
 
 
@@ -24,10 +26,19 @@ class Course(NamedTuple):
     """Times that the run has gone back behind a bad update."""
     skips: int = 0
     """Updates skipped in a row, up to this step."""
+    bad_examples: dict[str, list[int]] = {}  # noqa: RUF012 - never written to
+    """Numbers of the examples that could not be used in an update, by the fingerprint of their folder."""
+
+    def with_bad_examples(self, found: Iterable[BadExample]) -> "Course":
+        """The course behind an update in whose rows these were found."""
+        known = {examples: set(indices) for examples, indices in self.bad_examples.items()}
+        for bad in found:
+            known.setdefault(bad.examples, set()).add(bad.index)
+        return self._replace(bad_examples={examples: sorted(indices) for examples, indices in known.items()})
 
     def to_json(self) -> dict[str, Any]:
         """What `CheckpointInfo.course` keeps: all but history and FLOPs, which stand beside it; no defaults."""
-        fields = {name: getattr(self, name) for name in ("interval", "owed", "rollbacks", "skips")}
+        fields = {name: getattr(self, name) for name in ("interval", "owed", "rollbacks", "skips", "bad_examples")}
         return {name: value for name, value in fields.items() if value}
 
 
@@ -41,4 +52,5 @@ def read_course(info: CheckpointInfo, flops: int) -> Course:
         owed=tuple(kept.get("owed", ())),
         rollbacks=kept.get("rollbacks", 0),
         skips=kept.get("skips", 0),
+        bad_examples=kept.get("bad_examples", {}),
     )

@@ -98,7 +98,8 @@ class Logbook:
 
     def bad_examples(self, step: int, found: Sequence[BadExample]) -> None:
         """Write down which examples of an update could not be used, and why."""
-        self.metrics.write("bad_examples", step, examples=[each._asdict() for each in found])
+        named = [{"shard": bad.shard, "index": bad.index, "reason": bad.reason} for bad in found]
+        self.metrics.write("bad_examples", step, examples=named)
 
     def evaluation(self, step: int, scores: Mapping[str, float]) -> None:
         """Write the scores of an evaluation."""

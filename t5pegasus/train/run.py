@@ -147,9 +147,7 @@ def _train(
         rows, heldout_rows = open_data(paths.examples_path, paths.heldout_path, config, stack)
         check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
         check_samples(config, sampler, has_heldout=heldout_rows is not None)
-        if claim is not None:
-            claim.take()
-        finish_saves(paths.run_path)
+        _take_over(paths.run_path, claim)
         with control.doing("restore"):
             origin = find_origin(
                 config,
@@ -165,6 +163,7 @@ def _train(
                 damaged=damaged,
             )
         rows.follow(origin.mixture)
+        rows.recall(origin.course.bad_examples)
         train, step = config.train, origin.step
         rollbacks = [record for record in rollbacks if record["rollback"] > origin.course.rollbacks]
         course, start_row = go_back(origin, rollbacks)
@@ -222,6 +221,13 @@ def _train(
         phase = Phase(origin.config, origin.lineage, course)
         train_phases(run, state, phase, update, origin.path, begins=not origin.resumed)
     return find_checkpoint(paths.run_path, verify_structure)  # its arrays have just been written
+
+
+def _take_over(run_path: Path, claim: Claim | None) -> None:
+    """Make the run this job's, and only then bring in order what an earlier one has left there."""
+    if claim is not None:
+        claim.take()
+    finish_saves(run_path)
 
 
 @contextlib.contextmanager

@@ -108,7 +108,9 @@ class Visit:
         numbers = read_numbers(self.config, values, with_norms=is_logged)
         if numbers["bad_examples"]:
             rows = range(numbers["rows"] - self.config.train.batch_size, numbers["rows"])
-            self.logbook.bad_examples(step, self.hooks.find_bad_examples(rows))
+            found = self.hooks.find_bad_examples(rows)
+            self.logbook.bad_examples(step, found)
+            self.course = self.course.with_bad_examples(found)
         self.course = self.logbook.judge(step, numbers, self.course)
         self.logbook.meter.add(numbers)
         if is_logged:

@@ -109,6 +109,26 @@ def test_more_of_them_than_allowed_end_the_run(folder):
         rows.ordered_batch(range(rows.num_rows))
 
 
+def test_those_met_before_a_stop_count_once_and_wherever_the_folder_lies_now(folder, caplog):
+    for index in range(10, 16):
+        damage(folder, index)
+    moved = folder.rename(folder.with_name("moved"))
+    with PackedRows(moved, DATA, PAD, START) as rows:
+        rows.recall([10, 11])
+        found = rows.find_bad_examples(
+            [k for k in range(rows.num_rows) if not {12, 13, 14, 15} & set(members(rows, k))]
+        )
+        assert {bad.index for bad in found} <= {10, 11}
+        assert caplog.records == []
+        with pytest.raises(DataError, match="6 examples"):
+            rows.ordered_batch(range(rows.num_rows))
+
+
+def members(rows, k):
+    row = rows.table_row(k, 0)
+    return rows.table.examples[rows.table.row_starts[row] : rows.table.row_starts[row + 1]].tolist()
+
+
 @pytest.mark.parametrize("vocab_size", [30_000, 70_000])
 def test_every_kind_of_bad_record_is_known_by_its_reason(vocab_size):
     dtype = token_dtype(vocab_size)

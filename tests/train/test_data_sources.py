@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from t5pegasus.checkpoint import find_checkpoint, load_arrays, load_checkpoint_info
+from t5pegasus.checkpoint import find_checkpoint, find_last_good, load_arrays, load_checkpoint_info
 from t5pegasus.config import DataConfig
 from t5pegasus.data.loader import PackedRows
+from t5pegasus.data.mixed_rows import MixedRows
 from t5pegasus.data.shard_files import shard_name
 from t5pegasus.data.shards import ExampleShards
 from t5pegasus.errors import DataError, UsageError
@@ -101,7 +102,7 @@ def test_names_of_sources_are_as_short_as_tells_them_apart():
     assert name_sources(DataConfig(mixture=("train=1", "b/train=2"))) == ("train", "b/train")
 
 
-def test_bad_examples_are_in_the_metrics_by_name_and_counted(tmp_path, run_config):
+def test_bad_examples_are_in_the_metrics_by_name_and_counted(tmp_path, run_config, monkeypatch):
     folder = write_examples(tmp_path / "examples", 120, seed=0)
     path = folder / shard_name(0, 1)
     content, status = path.read_bytes(), path.stat()
@@ -121,6 +122,18 @@ def test_bad_examples_are_in_the_metrics_by_name_and_counted(tmp_path, run_confi
     assert (named["step"], bad["index"], bad["shard"]) == (1, index, str(path))
     assert "cannot be read" in bad["reason"]
     assert [line.get("bad_examples", 0) for line in metrics if line["kind"] == "train"] == [1] + 7 * [0]
+    info = load_checkpoint_info(find_last_good(paths.run_path))
+    assert info.course["bad_examples"] == {info.examples_fingerprint: [index]}
+
+    def recall(self, known):
+        assert known == info.course["bad_examples"]
+        raise InterruptedError
+
+    longer = dataclasses.replace(run_config, train=dataclasses.replace(run_config.train, steps=9))
+    with monkeypatch.context() as patch:
+        patch.setattr(MixedRows, "recall", recall)
+        with pytest.raises(InterruptedError):
+            train_run(longer, paths)
     none = dataclasses.replace(run_config, data=dataclasses.replace(run_config.data, max_bad_examples=0))
     with pytest.raises(DataError, match=f"example {index} of "):
         train_run(none, RunPaths(tmp_path / "none", folder))
