@@ -73,15 +73,16 @@ def open_rows(checkpoint_path: Path, info: CheckpointInfo, examples_path: Path) 
         tokenizer = rows.shards.manifest["tokenizer_fingerprint"]
         if tokenizer != info.tokenizer_fingerprint:
             raise UsageError(
-                f"tokenizer of checkpoint {checkpoint_path} is {info.tokenizer_fingerprint}, that of the examples in "
-                f"{examples_path} is {tokenizer}; give examples built with {checkpoint_path / 'tokenizer'}"
+                f"the examples {examples_path} have another tokenizer than checkpoint {checkpoint_path}: "
+                f"{tokenizer[:12]}…, {info.tokenizer_fingerprint[:12]}… was wanted; give examples built with "
+                f"{checkpoint_path / 'tokenizer'}"
             )
         yield rows
 
 
-def draw_batches(config: ModelConfig, data: DataConfig, seed: int) -> list[Batch]:
-    """Eight rows of uniformly random tokens, for a growth without held-out text; no target is a masked token."""
-    _, num_rows, num_source, num_target = expect_evidence(data, with_examples=False)
+def draw_batches(config: ModelConfig, data: DataConfig, seed: int, shape: EvidenceShape | None = None) -> list[Batch]:
+    """A batch of uniformly random tokens, for a growth without held-out text; no target is a masked token."""
+    _, num_rows, num_source, num_target = shape or expect_evidence(data, with_examples=False)
     random = np.random.default_rng(seed)
     source = random.integers(config.vocab_size, size=(num_rows, num_source), dtype=np.int32)
     target = random.integers(config.num_open_tokens, size=(num_rows, num_target), dtype=np.int32)

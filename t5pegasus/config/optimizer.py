@@ -32,6 +32,7 @@ class OptimizerConfig(Record):
     '50000=0.1'). It rises from 0 to the first point, and is constant behind the last."""
     warmup_steps: int = 1000
     decay_steps: int = 0
+    """With wsd: the last so many updates, over which it decays; 0 never does."""
     final_learning_rate_fraction: float = 0.1
     schedule_shift: int = 0
     """Update n takes the learning rate of update n + this one; growth may set it (remapped learning rate)."""
@@ -122,6 +123,18 @@ class OptimizerConfig(Record):
             )
             transforms.append((pattern, kind, float(number)))
         return transforms
+
+    def refuse_idle_fields(self) -> None:
+        """Refuse what a new run would set in vain; configs of earlier runs may hold it, so reading one does not.
+
+        Raises:
+            UsageError: naming the field.
+        """
+        require(
+            self.schedule == "wsd" or self.decay_steps == 0,
+            f"optimizer.decay_steps={self.decay_steps} has no effect with schedule={self.schedule}, wsd was wanted; "
+            "set --optimizer.schedule wsd, or --optimizer.decay-steps 0",
+        )
 
     def __post_init__(self) -> None:
         require(self.name in NAMES, f"optimizer.name={self.name!r} must be one of {', '.join(NAMES)}")

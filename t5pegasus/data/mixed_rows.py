@@ -103,8 +103,8 @@ class MixedRows:
         got, wanted = rows.shards.manifest["tokenizer_fingerprint"], self.shards.manifest["tokenizer_fingerprint"]
         if got != wanted:
             raise UsageError(
-                f"tokenizer of {name} is {got}, that of {self.names[0]} is {wanted}; build all folders of a mixture "
-                "with the same --tokenizer-path"
+                f"{rows.shards.path} has another tokenizer than {self.shards.path}: {got[:12]}…, {wanted[:12]}… was "
+                "wanted; build all folders of a mixture with the same --tokenizer-path"
             )
 
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from t5pegasus.checkpoint import CheckpointInfo
 from t5pegasus.config import DataConfig, RunConfig
@@ -90,13 +90,24 @@ def open_heldout(
     if got != wanted:
         heldout.close()
         raise UsageError(
-            f"tokenizer of the held-out examples {heldout.shards.path} is {got}, that of {rows.shards.path} is "
-            f"{wanted}; build both with the same --tokenizer-path"
+            f"the held-out examples {heldout.shards.path} have another tokenizer than {rows.shards.path}: "
+            f"{got[:12]}…, {wanted[:12]}… was wanted; build both with the same --tokenizer-path"
         )
     return heldout
 
 
-def follow_mixture(path: Path, info: CheckpointInfo, weights: Mapping[str, float], config: RunConfig) -> Changes:
+class GivenExamples(NamedTuple):
+    """What a run is to train on now."""
+
+    path: Path
+    """The folder; of a mixture the first one."""
+    manifest: Mapping[str, Any]
+    """Its manifest."""
+    weights: Mapping[str, float]
+    """Of the mixture: fingerprint of the examples → weight."""
+
+
+def follow_mixture(path: Path, info: CheckpointInfo, examples: GivenExamples, config: RunConfig) -> Changes:
     """The changes of weights behind a checkpoint, with those of now from its row on.
 
     Weights may change and sources may be added; one that was in use must be named, with weight 0 to leave it out, so
@@ -105,7 +116,7 @@ def follow_mixture(path: Path, info: CheckpointInfo, weights: Mapping[str, float
     Args:
         path: the checkpoint.
         info: what it says.
-        weights: fingerprint of the examples → weight now.
+        examples: what is given now.
         config: of the run.
 
     Raises:
@@ -121,15 +132,27 @@ def follow_mixture(path: Path, info: CheckpointInfo, weights: Mapping[str, float
     if stored != now:
         raise UsageError(f"data config of checkpoint {path} is {stored}, got {now}; {way_out}")
     before = read_changes(info)
+    weights = examples.weights
     missing = [name for name in (before[-1].shares() if before else {"no examples": 1}) if name not in weights]
     if missing and max([len(change.weights) for change in before], default=1) == len(weights) == 1:
-        raise UsageError(f"examples of checkpoint {path} is {missing[0]}, got {next(iter(weights))}; {way_out}")
-    if missing:
         raise UsageError(
-            f"checkpoint {path} was trained on a mixture with the examples {', '.join(missing)}, which are not given; "
+            f"{examples.path} holds other examples ({next(iter(weights))[:12]}…) than checkpoint {path} was trained on "
+            f"({_abbreviate(missing[0])}); {way_out}"
+        )
+    if missing:
+        digests = ", ".join(map(_abbreviate, missing))
+        named, given = info.config.data.mixture_weights(), config.data.mixture_weights()
+        absent = [folder for folder in named if folder not in given] or list(named)
+        folders = f"those of {', '.join(absent)} ({digests})" if named else digests
+        raise UsageError(
+            f"checkpoint {path} was trained on a mixture with the examples {folders}, which are not given; "
             f"name their folder in --data.mixture, with =0 to leave it out from now on; or {way_out}"
         )
     return change_weights(before, info.rows, weights)
+
+
+def _abbreviate(fingerprint: str) -> str:
+    return fingerprint if len(fingerprint) <= 12 else f"{fingerprint[:12]}…"
 
 
 def read_changes(info: CheckpointInfo) -> Changes:

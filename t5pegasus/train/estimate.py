@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from t5pegasus.batch import Batch
-from t5pegasus.config import RunConfig
+from t5pegasus.config import RunConfig, TrainConfig
 from t5pegasus.model.flops import training_flops_per_row
 from t5pegasus.model.t5 import count_parameters, declare_parameters
 from t5pegasus.progress import format_count, format_seconds
@@ -45,15 +45,22 @@ class MemoryEstimate:
 
 
 def prepare_step(
-    config: RunConfig, mesh: Mesh, train_step: OnMesh, steps_done: int, last_step: int | None = None
+    config: RunConfig,
+    mesh: Mesh,
+    train_step: OnMesh,
+    steps_done: int,
+    last_step: int | None = None,
+    *,
+    tells: bool = True,
 ) -> tuple[jax.stages.Compiled, MemoryEstimate]:
     """Compile the update before any weight is on a device, and log what the run will take.
 
     Warns if the state, or an update, needs more memory than a device has. The time is that of the updates behind
-    `steps_done` up to `last_step`, or to the end of the run.
+    `steps_done` up to `last_step`, or to the end of the run; that of evaluations, samples and checkpoints is not in it.
+    Where `tells` is false, what was said of the run before is not said again.
     """
     specs = declare_parameters(config.model)
-    shown = logging.INFO if jax.process_index() == 0 else logging.DEBUG
+    shown = logging.INFO if jax.process_index() == 0 and tells else logging.DEBUG
     state, batch = abstract_state(config, mesh), abstract_batch(config, mesh)
     state_bytes = sum(bytes_per_device(leaf) for leaf in jax.tree.leaves(state))
     device = jax.local_devices()[0]
@@ -85,11 +92,25 @@ def prepare_step(
     peak, source = peak_flops(device)
     seconds = flops / (GUESSED_UTILISATION * peak * mesh.size)
     logger.log(
-        shown, "time: about %s for %sFLOP at %d %% of the peak, a guess (%sFLOP/s per device, %s); what is left is "
+        shown, "time: about %s for %sFLOP at %d %% of the peak, a guess (%sFLOP/s per device, %s)%s; what is left is "
         "measured as it goes", format_seconds(seconds), _format_flops(flops), 100 * GUESSED_UTILISATION,
-        _format_flops(peak), source,
+        _format_flops(peak), source, _describe_rest(train),
     )  # fmt: skip
     return compiled, memory
+
+
+def _describe_rest(train: TrainConfig) -> str:
+    """What a run does beside its updates, of which the estimate knows nothing."""
+    beside = [
+        f"{what} every {every:,} updates"
+        for what, every in (
+            ("evaluating", train.evaluate_every_steps),
+            ("sampling", train.sample_every_steps),
+            ("saving", train.save_every_steps),
+        )
+        if every
+    ]
+    return f", without compiling and {', '.join(beside)}" if beside else ", without compiling"
 
 
 def abstract_state(config: RunConfig, mesh: Mesh) -> TrainState:

@@ -30,7 +30,7 @@ from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.model.t5 import declare_parameters
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.course import Course, read_course
-from t5pegasus.train.data_sources import follow_mixture
+from t5pegasus.train.data_sources import GivenExamples, follow_mixture
 from t5pegasus.train.divergence import init_recent, spike_window
 from t5pegasus.train.early_stopping import forget_best
 from t5pegasus.train.metrics import count_flops
@@ -75,11 +75,10 @@ def find_origin(
     run_path: Path,
     start_from: Path | None,
     mesh: Mesh,
-    manifest: dict[str, Any],
+    examples: GivenExamples,
     *,
     keep_state: bool,
     reset_rows: bool,
-    weights: Mapping[str, float],
     events: Sequence[Event] = (),
     recorded_events: Sequence[Mapping[str, Any]] = (),
     damaged: Collection[Path] = (),
@@ -90,10 +89,9 @@ def find_origin(
     2. the `start_from` checkpoint: a trained, grown or converted one;
     3. fresh ones.
 
-    `manifest` is that of the examples, `weights` are those of the mixture by their fingerprints, `recorded_events` are
-    those in the run's config.json, `damaged` are checkpoints that could not be loaded; for the rest see `train_run`. Of
-    the checkpoint the arrays are not read here: the state's `load` verifies what it reads of them, and so may raise a
-    DamagedError, in every process alike.
+    `recorded_events` are those in the run's config.json, `damaged` are checkpoints that could not be loaded; for the
+    rest see `train_run`. Of the checkpoint the arrays are not read here: the state's `load` verifies what it reads of
+    them, and so may raise a DamagedError, in every process alike.
 
     Raises:
         UsageError: if the checkpoint and the config or the examples do not belong together.
@@ -104,15 +102,15 @@ def find_origin(
         lineage = load_checkpoint_info(own).lineage
         check_events_kept(run_path, recorded_events, events, lineage)
         config = config_after(config, events, lineage)
-        return _restore(own, config, mesh, manifest, weights, reset_rows=False)._replace(resumed=True)
+        return _restore(own, config, mesh, examples, reset_rows=False)._replace(resumed=True)
     if start_from is not None:
         path = find_checkpoint(start_from, verify_structure, damaged)
         if keep_state and has_optimizer_state(path):
-            origin = _restore(path, config, mesh, manifest, weights, reset_rows=reset_rows)
+            origin = _restore(path, config, mesh, examples, reset_rows=reset_rows)
             # What that run was in the middle of is not for this one to end.
             course = Course(history=forget_best(origin.course.history), flops=origin.course.flops)
             return origin._replace(course=course)
-        return _restore_parameters(path, config, mesh, manifest, weights)
+        return _restore_parameters(path, config, mesh, examples)
 
     def init() -> TrainState:
         return init_state(config.model, config.train.seed, mesh, config.optimizer, **_kept(config))
@@ -126,7 +124,7 @@ def find_origin(
         lineage=(),
         config=config,
         path=None,
-        mixture=change_weights((), 0, weights),
+        mixture=change_weights((), 0, examples.weights),
     )
 
 
@@ -134,8 +132,7 @@ def _restore(
     path: Path,
     config: RunConfig,
     mesh: Mesh,
-    manifest: dict[str, Any],
-    weights: Mapping[str, float],
+    examples: GivenExamples,
     *,
     reset_rows: bool,
 ) -> Origin:
@@ -145,9 +142,9 @@ def _restore(
     if config.train.compute_dtype == "auto":
         way_out = f"keep it by --train.compute-dtype {info.compute_dtype}, or name the other one"
         _check_same("compute dtype", path, info.compute_dtype, str(resolve_compute_dtype(config)), way_out)
-    _check_tokenizer_of(path, info, manifest)
+    _check_tokenizer_of(path, info, examples)
     begins_rows = reset_rows or info.rows == 0
-    mixture = change_weights((), 0, weights) if begins_rows else follow_mixture(path, info, weights, config)
+    mixture = change_weights((), 0, examples.weights) if begins_rows else follow_mixture(path, info, examples, config)
     specs, stored_ema = declare_parameters(config.model), has_ema(path)
     if stored_ema and not _keeps_ema(config):
         logger.warning("%s: its moving average is left behind, because train.ema_decay is 0", path)
@@ -172,12 +169,10 @@ def _restore(
     return Origin(info.step, rows, load, False, course, info.lineage, config, path, mixture)
 
 
-def _restore_parameters(
-    path: Path, config: RunConfig, mesh: Mesh, manifest: dict[str, Any], weights: Mapping[str, float]
-) -> Origin:
+def _restore_parameters(path: Path, config: RunConfig, mesh: Mesh, examples: GivenExamples) -> Origin:
     info = load_checkpoint_info(path)
     _check_model(path, info, config)
-    _check_tokenizer_of(path, info, manifest)
+    _check_tokenizer_of(path, info, examples)
     specs = declare_parameters(config.model)
 
     def load() -> TrainState:
@@ -189,7 +184,7 @@ def _restore_parameters(
 
         return jax.jit(start, out_shardings=shardings)(parameters)
 
-    course, mixture = Course(flops=_flops_spent(path, info)), change_weights((), 0, weights)
+    course, mixture = Course(flops=_flops_spent(path, info)), change_weights((), 0, examples.weights)
     return Origin(0, 0, load, False, course, info.lineage, config, path, mixture)
 
 
@@ -245,9 +240,13 @@ def _check_optimizer(path: Path, info: CheckpointInfo, config: RunConfig) -> Non
         )
 
 
-def _check_tokenizer_of(path: Path, info: CheckpointInfo, manifest: dict[str, Any]) -> None:
-    way_out = f"build the examples with the checkpoint's tokenizer: --tokenizer-path {path / 'tokenizer'}"
-    _check_same("tokenizer", path, info.tokenizer_fingerprint, manifest["tokenizer_fingerprint"], way_out)
+def _check_tokenizer_of(path: Path, info: CheckpointInfo, examples: GivenExamples) -> None:
+    got, wanted = examples.manifest["tokenizer_fingerprint"], info.tokenizer_fingerprint
+    if got != wanted:
+        raise UsageError(
+            f"the examples {examples.path} have another tokenizer than checkpoint {path}: {got[:12]}…, {wanted[:12]}… "
+            f"was wanted; build them with the checkpoint's: --tokenizer-path {path / 'tokenizer'}"
+        )
 
 
 def _check_same(what: str, path: Path, stored: Any, got: Any, way_out: str) -> None:

@@ -32,7 +32,7 @@ from t5pegasus.storage import Claim, working_copy
 from t5pegasus.train.compute_dtype import resolve_compute_dtype
 from t5pegasus.train.control import Control
 from t5pegasus.train.course import Course
-from t5pegasus.train.data_sources import open_data
+from t5pegasus.train.data_sources import GivenExamples, open_data
 from t5pegasus.train.divergence import RollbackNeededError
 from t5pegasus.train.early_stopping import has_stopped
 from t5pegasus.train.estimate import prepare_step
@@ -43,7 +43,7 @@ from t5pegasus.train.phases import Event, next_event, phase_end
 from t5pegasus.train.profiler import Profiler
 from t5pegasus.train.run_folder import (
     RunPaths,
-    check_resumable,
+    check_record,
     keep_start,
     load_recorded_events,
     load_run_record,
@@ -141,8 +141,7 @@ def _train(
     """`train_run`, without the checkpoints that are known to be damaged, and behind the rows of bad updates."""
     mesh = make_mesh(config.mesh)
     record = load_run_record(paths.run_path)
-    if record is not None:
-        check_resumable(record[0], config, paths.run_path)
+    check_record(record and record[0], config, paths.run_path)
     with contextlib.ExitStack() as stack:
         rows, heldout_rows = open_data(paths.examples_path, paths.heldout_path, config, stack)
         check_keep_best(config, scorer, has_heldout=heldout_rows is not None)
@@ -154,8 +153,7 @@ def _train(
                 paths.run_path,
                 paths.start_from,
                 mesh,
-                rows.shards.manifest,
-                weights=rows.weights,
+                GivenExamples(rows.shards.path, rows.shards.manifest, rows.weights),
                 keep_state=keep_state,
                 reset_rows=reset_rows,
                 events=events,
@@ -177,13 +175,13 @@ def _train(
         if (step >= train.steps or stopped) and not course.owed:
             return _finished(paths.run_path, origin, train, damaged, stopped=stopped)
         check_events(origin.config, events, origin.lineage, mesh, has_heldout=heldout_rows is not None)
-        if origin.resumed:
-            logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
         if origin.resumed and record is not None:
             paths = keep_start(paths, record[1]["start_from"])
         last_step = phase_end(events, origin.lineage, origin.config, step)
         with control.doing("compile"):
-            update, memory = prepare_step(origin.config, mesh, train_step, step, last_step)
+            update, memory = prepare_step(
+                origin.config, mesh, train_step, step, last_step, tells=not damaged and not rollbacks
+            )
         settle_run_folder(config, paths, events, resumed=origin.resumed)
         batches = stack.enter_context(contextlib.closing(_device_batches(rows, config, mesh, start_row)))
         folder = stack.enter_context(working_copy(paths.run_path, claim))
@@ -217,6 +215,8 @@ def _train(
         )
         with control.doing("restore"):
             state = origin.load()
+            if origin.resumed:  # known only now, since its arrays may have turned out to be damaged
+                logger.info("%s: continues from its checkpoint of step %d", paths.run_path, step)
             state = state._replace(rows=jax.device_put(np.uint32(start_row), state.rows.sharding))
         phase = Phase(origin.config, origin.lineage, course)
         train_phases(run, state, phase, update, origin.path, begins=not origin.resumed)

@@ -131,12 +131,20 @@ def keep_start(paths: RunPaths, begun_from: str | None) -> RunPaths:
     return dataclasses.replace(paths, start_from=begun)
 
 
-def check_resumable(before: RunConfig, now: RunConfig, run_path: Path) -> None:
-    """Refuse to continue a run with a config that would not have led to where it is.
+def check_record(before: RunConfig | None, now: RunConfig, run_path: Path) -> None:
+    """Refuse to continue a run with a config that would not have led to where it is, or to begin one in vain.
+
+    Args:
+        before: what it was begun with; None for a new one.
+        now: the config given.
+        run_path: of the run.
 
     Raises:
-        UsageError: naming the first field that differs.
+        UsageError: naming the first field that differs, or that would have no effect.
     """
+    if before is None:
+        now.optimizer.refuse_idle_fields()
+        return
     old, new = before.to_json(), now.to_json()
     for group, fields in new.items():
         for field, value in fields.items():

@@ -130,7 +130,9 @@ def test_growth_is_compared_on_heldout_text_of_the_same_tokenizer(
     assert done.receipt.logits.keys() == {"float32", "bfloat16"}
     assert done.receipt.evidence == str(examples_path / "heldout")
     assert done.receipt.num_target_tokens == 10 * 4
-    with pytest.raises(UsageError, match=f"tokenizer of checkpoint .* is {'f' * 64}, .* is {'a' * 64}"):
+    with pytest.raises(
+        UsageError, match=f"examples have another tokenizer than .*: {'a' * 12}…, {'f' * 12}… was wanted"
+    ):
         grow_checkpoint(checkpoint_path, target, tmp_path / "other", examples_path=foreign_examples_path)
 
 

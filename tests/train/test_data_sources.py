@@ -86,7 +86,9 @@ def test_weights_change_and_folders_join_where_a_run_continues(whole, halfway, f
 
 
 def test_a_folder_in_use_cannot_be_forgotten(halfway, folders, run_config):
-    with pytest.raises(UsageError, match=rf"{fingerprint(folders['b'])}, which are not given.*with =0"):
+    with pytest.raises(
+        UsageError, match=rf"those of {folders['b']} \({fingerprint(folders['b'])[:12]}…\), which.*with =0"
+    ):
         train_run(mix(run_config, folders, a=1.0, c=1.0), halfway)
     with pytest.raises(UsageError, match="which are not given"):
         train_run(run_config, halfway)

@@ -39,6 +39,7 @@ def test_it_says_what_the_state_takes_on_a_device_and_what_an_update_takes(avera
     assert first == f"{count} parameters; 6 updates of 8 rows of 24 + 8 tokens, 1536 positions"
     assert second.startswith(f"memory per device: {on_one / 1e3:.2f} kB of state, ")
     assert "30 % of the peak, a guess" in third
+    assert ", without compiling and evaluating every " in third
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import logging
 import shutil
 
 import jax
@@ -242,7 +243,17 @@ def test_fine_tuning_takes_the_parameters_only(whole, tmp_path, examples_path, r
     assert info.history[0]["loss"] == load_checkpoint_info(find_checkpoint(whole)).history[-1]["loss"]
 
 
-def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_path, run_config):
+def test_decay_steps_without_a_schedule_that_decays_by_them_are_refused_before_anything_is_written(
+    tmp_path, examples_path, run_config
+):
+    optimizer = dataclasses.replace(run_config.optimizer, schedule="cosine", decay_steps=2, warmup_steps=1)
+    config = dataclasses.replace(run_config, optimizer=optimizer)
+    with pytest.raises(UsageError, match=r"decay_steps=2 has no effect with schedule=cosine, wsd was wanted; set"):
+        train_run(config, RunPaths(tmp_path / "run", examples_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_path, run_config, caplog):
     paths = RunPaths(tmp_path / "run", examples_path)
     train_run(run_config, paths)
     last = find_checkpoint(paths.run_path)
@@ -254,6 +265,13 @@ def test_a_flipped_bit_is_named_and_the_step_before_is_used(tmp_path, examples_p
         verify_checkpoint(last)
     assert find_last_good(paths.run_path) == paths.run_path / "checkpoints" / "4"
     assert train_run(with_train(run_config, steps=3), paths) == paths.run_path / "checkpoints" / "4"
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        train_run(with_train(run_config, steps=9), paths)
+    assert caplog.text.count("going back to the one before") == 1
+    assert caplog.text.count("continues from its checkpoint of step") == 1
+    assert "continues from its checkpoint of step 4" in caplog.text
+    assert caplog.text.count("time: about") == 1
     (last / "manifest.json").unlink()
     with pytest.raises(ArtifactError, match="not a finished checkpoint"):
         verify_checkpoint(last)
