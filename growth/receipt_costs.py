@@ -83,7 +83,8 @@ def _gradient_bytes(growth: ModelGrowth, evidence: EvidenceShape, sizes: dict[st
     """The fuller one of two moments, both while the grown model's gradients are computed in float64."""
     source, target = count_parameters(growth.source), sizes["parameters"]
     logits = 8 * _count_logits(growth.target, evidence)
-    computed = 8 * target + max(_layer_bytes(growth.target, evidence), 3 * logits)  # gradients, and on the way to them
+    # Gradients, and on the way to them.
+    computed = 8 * target + max(1.5 * _layer_bytes(growth.target, evidence) + logits, 3 * logits)
     mapped = 8 * target + 16 * source + 3 * logits  # both models, the source's gradients
     # The state; beside it the parameters as they were, and which entries have had a gradient.
     alive = 8 * (target + sizes["moments"]) + 5 * target + 2 * logits
@@ -91,7 +92,10 @@ def _gradient_bytes(growth: ModelGrowth, evidence: EvidenceShape, sizes: dict[st
 
 
 def _layer_bytes(model: ModelConfig, evidence: EvidenceShape) -> float:
-    """Forward and backward of one layer, and the inputs of all; as XLA tells it of the compiled program."""
+    """Forward and backward of one layer, and the inputs of all; as XLA tells it of the compiled program.
+
+    What is resident is half of it more.
+    """
     inner = model.num_heads * model.d_kv
     sides = []
     for tokens, others, layers in (

@@ -1,11 +1,13 @@
 """`--explain`: the whole plan as a table, from the checkpoint's description alone."""
 
 import dataclasses
+import logging
 import shutil
 
 import pytest
 
-from growth.evidence import expect_evidence
+from growth.evidence import draw_batches, expect_evidence
+from growth.grow import _announce
 from growth.receipt import LEVELS
 from growth.receipt_costs import estimate_receipt
 from growth.t5 import plan_growth
@@ -70,3 +72,18 @@ def test_the_estimate_of_a_receipt_counts_parameters_and_the_rows_that_are_compa
         added = count_parameters(larger.target) - count_parameters(growth.target)
         assert estimate_receipt(larger, level, random).bytes - costs[level].bytes >= 4 * added
     assert estimate_receipt(growth, "arrays", heldout) == costs["arrays"]
+
+
+def test_too_little_memory_is_said_before_anything_is_grown(monkeypatch, caplog):
+    small = preset("small")
+    growth = plan_growth(small.model, dataclasses.replace(small.model, d_ff=2048))
+    batches = draw_batches(small.model, small.data, 0)
+    for available, warned in ((10**8, True), (10**12, False), (None, False)):
+        caplog.clear()
+        monkeypatch.setattr("growth.grow.read_available_bytes", lambda available=available: available)
+        with caplog.at_level(logging.INFO):
+            _announce(growth, "full", batches)
+        assert (
+            f"about {estimate_receipt(growth, 'full', expect_evidence(small.data, with_examples=False))}" in caplog.text
+        )
+        assert ("--receipt logits about" in caplog.text and "--receipt arrays about" in caplog.text) == warned
