@@ -80,7 +80,7 @@ def _logit_bytes(growth: ModelGrowth, evidence: EvidenceShape) -> float:
 
 
 def _gradient_bytes(growth: ModelGrowth, evidence: EvidenceShape, sizes: dict[str, int]) -> float:
-    """The fuller one of two moments, both while the grown model's gradients are computed in float64."""
+    """The fullest of three moments: while gradients of the grown model, or of a permuted source, are computed."""
     source, target = count_parameters(growth.source), sizes["parameters"]
     logits = 8 * _count_logits(growth.target, evidence)
     # Gradients, and on the way to them.
@@ -88,7 +88,9 @@ def _gradient_bytes(growth: ModelGrowth, evidence: EvidenceShape, sizes: dict[st
     mapped = 8 * target + 16 * source + 3 * logits  # both models, the source's gradients
     # The state; beside it the parameters as they were, and which entries have had a gradient.
     alive = 8 * (target + sizes["moments"]) + 5 * target + 2 * logits
-    return computed + max(mapped, alive)
+    # Of the source the same once more in another order, and the logits of both with what is made to compare them.
+    permuted = 32 * source + 1.5 * _layer_bytes(growth.source, evidence) + 7 * logits
+    return max(computed + max(mapped, alive), permuted)
 
 
 def _layer_bytes(model: ModelConfig, evidence: EvidenceShape) -> float:
