@@ -25,7 +25,7 @@ from launch.termination import hear_signals
 from launch.verdicts import Verdict
 from launch.watch_config import WatchConfig
 from launch.watchdog import Watchdog
-from t5pegasus.errors import PreemptedError, UsageError
+from t5pegasus.errors import DataError, PreemptedError, UsageError
 from t5pegasus.json_files import SCHEMA
 from t5pegasus.train.control import Control, Request
 
@@ -122,7 +122,7 @@ class Attempt:
         else:
             self._fail(error)
         self._unwatch()
-        refused = error is not None and exit_codes.exit_code(error) == exit_codes.USAGE
+        refused = error is not None and exit_codes.exit_code(error) in (exit_codes.USAGE, DataError.exit_code)
         if refused and self._alone and self.control.first_step is None:
             self._forget()
         for timer in self._timers:

@@ -2,7 +2,6 @@
 
 import errno
 import threading
-import time
 import weakref
 
 import jax
@@ -226,19 +225,26 @@ def test_a_save_that_failed_of_something_else_ends_the_next_one_before_it_begins
     assert list_checkpoints(tmp_path) == []
 
 
-def test_a_save_whose_files_another_job_has_cleared_away_ends_by_saying_so(slow_disk, tmp_path):
+def test_a_save_whose_files_another_job_has_cleared_away_ends_by_saying_so(tmp_path, monkeypatch):
     """And leaves what that one has begun under the same name."""
     write_tokenizer(tmp_path)
+    begun, gate, write_chunk = threading.Event(), threading.Event(), t5pegasus.checkpoint.save.write_chunk
+
+    def wait_and_write(path, chunk):
+        begun.set()
+        assert gate.wait(60)
+        return write_chunk(path, chunk)
+
+    monkeypatch.setattr(t5pegasus.checkpoint.save, "write_chunk", wait_and_write)
     claim = Claim(tmp_path).take()
     writer = CheckpointWriter(tmp_path, require_ours=claim.require)
     writer.save(draw_arrays(1), info_of(1), KEEP)
     unfinished = tmp_path / "checkpoints" / "1.unfinished"
-    while not list(unfinished.glob("arrays/*/c")):
-        time.sleep(0.01)
+    assert begun.wait(60)
     Claim(tmp_path).take()
     finish_saves(tmp_path)
     unfinished.mkdir()
-    slow_disk.set()
+    gate.set()
     with pytest.raises(TakenOverError):
         writer.finish()
     assert unfinished.is_dir()

@@ -26,7 +26,7 @@ from t5pegasus.checkpoint import (
 )
 from t5pegasus.checkpoint.folder import is_chunk
 from t5pegasus.config import DataConfig, ModelConfig, RunConfig
-from t5pegasus.errors import ArtifactError, DataError, UsageError
+from t5pegasus.errors import ArtifactError, UsageError
 from t5pegasus.evaluate import DEFINITIONS
 from t5pegasus.json_files import read_json
 from t5pegasus.model.t5 import init_parameters
@@ -163,14 +163,17 @@ def test_pairs_that_cannot_be_used_are_counted_and_so_are_those_cut_off(checkpoi
     assert f"{path}: 5 of 6 pairs, 1 left out: not valid JSON; cut off where longer: 4 texts at 32 tokens" in said
 
 
-def test_what_goes_wrong_with_the_pairs_is_in_the_record_of_the_attempt(checkpoint, tmp_path):
+def test_what_goes_wrong_with_the_pairs_is_in_the_record_of_the_attempt(checkpoint, pairs, tmp_path, monkeypatch):
     """The watchdog of the other processes reads it there, and so does who asks why the job ended."""
-    path = tmp_path / "none.jsonl"
-    path.write_text("no JSON\n")
-    with pytest.raises(DataError) as raised:
-        finetune.main([str(checkpoint), "--train-path", str(path), "--run-path", str(tmp_path / "run")])
+
+    def fail(*_):
+        raise OSError(5, "the disk fails")
+
+    monkeypatch.setattr("t5pegasus.corpus.build.build_examples", fail)
+    with pytest.raises(OSError, match="the disk fails"):
+        finetune.main([str(checkpoint), "--train-path", str(pairs["train"]), "--run-path", str(tmp_path / "run")])
     ended = read_attempt(tmp_path / "run", 1)[0]["ended"]
-    assert (ended["code"], ended["how"], ended["message"]) == (44, "failed", str(raised.value))
+    assert (ended["code"], ended["how"], ended["message"]) == (46, "failed", "[Errno 5] the disk fails")
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_killed_while_saving_it_continues_bit_for_bit(pretrain, uninterrupted, t
 def test_a_disk_that_is_too_small_ends_the_run_with_its_exit_code(pretrain, tmp_path):
     ended = start(WITH_SMALL_FILES + COMMAND, *pretrain, "--run-path", tmp_path / "run")
     assert ended.returncode == 46, ended.stderr
-    assert f"t5pegasus pretrain: {tmp_path}/run/checkpoints/2: File too large" in ended.stderr, ended.stderr
+    assert f"{tmp_path}/run/checkpoints/2 could not be saved: " in ended.stderr, ended.stderr
+    assert f"t5pegasus pretrain: {tmp_path}/run/checkpoints/4: File too large" in ended.stderr, ended.stderr
 
 
 def test_two_processes_continue_what_one_began(pretrain, uninterrupted, tmp_path):
