@@ -142,10 +142,10 @@ def test_a_slow_process_is_named_and_goes_on(job, capfd):
 
 @pytest.mark.slow
 def test_a_full_disk_ends_all_with_its_exit_code(job, clean, capfd):
-    assert job.run("full@data:6@1") == 46
+    assert job.run("full@data:10@1") == 46
     error = capfd.readouterr().err
     assert "No space left on device; free some space" in error
-    assert newest_checkpoint(job.run_path) == 4
+    assert newest_checkpoint(job.run_path) in (4, 8)  # that of 8 was perhaps still on its way
     finish(job, clean)
 
 
