@@ -5,16 +5,14 @@ used, and no byte is read twice. Devices whose memory is the host's are read int
 """
 
 import collections
-import ctypes
 import hashlib
 import itertools
-import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,15 +20,12 @@ import numpy as np
 from t5pegasus.chunks import ArrayLayout, ChunkBuffer, Slices, StoredArray, open_with_tensorstore
 from t5pegasus.errors import ArtifactError, reading
 from t5pegasus.manifest import MANIFEST, DamagedError, Files, describe_difference, find_problems, read_manifest
+from t5pegasus.parts import Bounds, Parts, count_parts, make_zeros, part_bytes
 from t5pegasus.storage import is_remote
 
 FOLDER = "arrays"
-Bounds = tuple[tuple[int, int], ...]
-"""Part of an array: start and stop in every dimension."""
 _NUM_THREADS = min(2 * (os.cpu_count() or 1) + 2, 16)
 """More than there are cores, since each waits for the disk in turn."""
-_ALIGNMENT = 64
-"""Bytes to whose multiples XLA aligns the memory of a CPU."""
 _PIECE_BYTES = 1 << 20
 """Read at once: the next piece is on its way from the disk while this one is looked at, in the processor's cache."""
 _BYTES_AHEAD = 256 << 20
@@ -87,100 +82,23 @@ def load_arrays(
     return loaded
 
 
-def find_bounds(index: tuple[slice, ...] | None, shape: tuple[int, ...]) -> Bounds:
-    """The part that a sharding's index means; one that is None, or open, means all."""
-    slices = index or tuple(slice(None) for _ in shape)
-    return tuple(each.indices(size)[:2] for each, size in zip(slices, shape))
-
-
-class _Parts(NamedTuple):
-    """What one process needs of an array: each different part once, whichever devices hold it."""
-
-    shape: tuple[int, ...]
-    values: dict[Bounds, np.ndarray]
-    on_host: dict[Any, tuple[jax.Array, np.ndarray]]
-    """By device whose memory is the host's: its part, and the view to fill it by. `values` are the first of these."""
-
-    @classmethod
-    def allocate(cls, layout: ArrayLayout, sharding: jax.sharding.Sharding | None, zeros: np.ndarray) -> "_Parts":
-        if sharding is None:
-            return cls(layout.shape, {find_bounds(None, layout.shape): np.empty(layout.shape, layout.dtype)}, {})
-        indices = sharding.addressable_devices_indices_map(layout.shape)
-        bounds = {device: find_bounds(index, layout.shape) for device, index in indices.items()}
-        shapes = {each: [stop - start for start, stop in each] for each in sorted(set(bounds.values()))}
-        if any(device.platform != "cpu" for device in bounds) or 0 in layout.shape:
-            return cls(layout.shape, {each: np.empty(shape, layout.dtype) for each, shape in shapes.items()}, {})
-        on_host = {device: _allocate_on(device, shapes[each], layout.dtype, zeros) for device, each in bounds.items()}
-        # Devices go backwards, so that of several with the same part the first one stays.
-        values = {bounds[device]: on_host[device][1] for device in reversed(bounds)}
-        return cls(layout.shape, values, on_host)
-
-    def place(self, sharding: jax.sharding.Sharding | None) -> Any:
-        """The array itself: on the devices of a sharding, or in this process's memory."""
-        if sharding is None:
-            return next(iter(self.values.values()))
-        shards = []
-        for device, index in sharding.addressable_devices_indices_map(self.shape).items():
-            part = self.values[find_bounds(index, self.shape)]
-            if device in self.on_host:
-                shard, view = self.on_host[device]
-                if view is not part:
-                    view[...] = part
-            else:
-                shard = jax.device_put(part, device)
-            shards.append(shard)
-        jax.block_until_ready(shards)
-        return jax.make_array_from_single_device_arrays(self.shape, sharding, shards)
-
-
-def _part_bytes(layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> int:
-    """Of one device's part of an array, or of all of it."""
-    shape = layout.shape if sharding is None else sharding.shard_shape(layout.shape)
-    return math.prod(shape) * layout.dtype.itemsize
-
-
-def _count_parts(layout: ArrayLayout, sharding: jax.sharding.Sharding | None) -> int:
-    """How many different parts of an array this process's devices hold."""
-    if sharding is None:
-        return 1
-    indices = sharding.addressable_devices_indices_map(layout.shape).values()
-    return len({find_bounds(index, layout.shape) for index in indices})
-
-
-def _allocate_on(device: Any, shape: Sequence[int], dtype: np.dtype, zeros: np.ndarray) -> tuple[jax.Array, np.ndarray]:
-    """An array in memory of a device that is the host's own, and a view to fill it by, before anybody else sees it.
-
-    The device makes the memory its own by copying zeros. It would share NumPy's instead if that were aligned as it
-    likes, whatever it is asked for, and then copy it when the first update wants to write there.
-    """
-    num_bytes = math.prod(shape) * dtype.itemsize
-    begin = (_ALIGNMENT // 2 - zeros.ctypes.data) % _ALIGNMENT
-    source = zeros[begin : begin + num_bytes].view(dtype).reshape(shape)
-    array = jax.block_until_ready(jax.device_put(source, device))
-    address = array.unsafe_buffer_pointer()
-    if address == source.ctypes.data:
-        raise RuntimeError(f"{device} shares memory that is {_ALIGNMENT // 2} bytes off its alignment with NumPy")
-    content = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
-    return array, content.view(dtype).reshape(shape)
-
-
 class _Reader:
     """Reads files of one checkpoint into memory, in threads, comparing each with its entry in the manifest."""
 
     def __init__(self, path: Path, files: Files | None, pool: ThreadPoolExecutor):
         self._path, self._files, self._pool = path, files, pool
         self._local = threading.local()
-        self._zeros = np.zeros(0, np.uint8)  # shared by all allocations: the kernel need not hand out any memory for it
+        self._zeros = make_zeros(0)
 
     def read_ahead(
         self, names: Sequence[str], shardings: Mapping[str, jax.sharding.Sharding]
-    ) -> Iterator[tuple[str, _Parts]]:
+    ) -> Iterator[tuple[str, Parts]]:
         """Arrays one after the other, while the next ones are being read."""
-        waiting: collections.deque[tuple[str, int, Future[tuple[_Parts, list[Future[None]]]]]] = collections.deque()
+        waiting: collections.deque[tuple[str, int, Future[tuple[Parts, list[Future[None]]]]]] = collections.deque()
         ahead = 0
         layouts = dict(zip(names, self._pool.map(self._read_layout, names)))
-        sizes = {name: _part_bytes(layout, shardings.get(name)) for name, layout in layouts.items()}
-        self._zeros = np.zeros(max(sizes.values(), default=0) + _ALIGNMENT if shardings else 0, np.uint8)
+        sizes = {name: part_bytes(layout, shardings.get(name)) for name, layout in layouts.items()}
+        self._zeros = make_zeros(max(sizes.values(), default=0) if shardings else 0)
         for name in (*names, None):
             while waiting and (name is None or ahead > _BYTES_AHEAD):
                 ready, num_bytes, started = waiting.popleft()
@@ -191,15 +109,15 @@ class _Reader:
                 yield ready, parts
             if name is not None:
                 started = self._pool.submit(self._start, name, layouts[name], shardings.get(name))
-                num_bytes = sizes[name] * _count_parts(layouts[name], shardings.get(name))
+                num_bytes = sizes[name] * count_parts(layouts[name], shardings.get(name))
                 ahead += num_bytes
                 waiting.append((name, num_bytes, started))
 
     def _start(
         self, name: str, layout: ArrayLayout, sharding: jax.sharding.Sharding | None
-    ) -> tuple[_Parts, list[Future[None]]]:
+    ) -> tuple[Parts, list[Future[None]]]:
         """Memory, which takes the kernel longer to hand out than to read from a page cache, and what will fill it."""
-        parts = _Parts.allocate(layout, sharding, self._zeros)
+        parts = Parts.allocate(layout, sharding, self._zeros)
         return parts, [self._pool.submit(task) for task in self._tasks(name, layout, parts)]
 
     def _read_layout(self, name: str) -> ArrayLayout:
@@ -209,7 +127,7 @@ class _Reader:
         with reading(self._path / file):
             return ArrayLayout.from_json(content)
 
-    def _tasks(self, name: str, layout: ArrayLayout, parts: _Parts) -> Iterator[Callable[[], None]]:
+    def _tasks(self, name: str, layout: ArrayLayout, parts: Parts) -> Iterator[Callable[[], None]]:
         if layout.chunk_shape is None:
             yield lambda: self._decode(name, parts)
             return
@@ -264,7 +182,7 @@ class _Reader:
         if problem is not None:
             raise DamagedError(self._path, problem)
 
-    def _decode(self, name: str, parts: _Parts) -> None:
+    def _decode(self, name: str, parts: Parts) -> None:
         """A compressed array: its files are read twice, first to be compared."""
         if self._files is not None:
             for problem in find_problems(self._path, lambda file: file.startswith(f"{FOLDER}/{name}/")):

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from t5pegasus.arrays import FOLDER, Bounds, find_bounds
+from t5pegasus.arrays import FOLDER
 from t5pegasus.chunks import CHUNK_BYTES, Slices, choose_chunk_shape, describe_array, describe_arrays, list_chunks
+from t5pegasus.parts import Bounds, find_bounds
 
 _NUM_THREADS = 8
 """Each slice of a replica takes memory of its device until it is here: at most so many chunks at a time."""
